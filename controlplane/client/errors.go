@@ -94,7 +94,7 @@ func lasting(err error) bool {
 }
 
 // explain turns what a call met into an [Error].
-func explain(err error, server string, parent context.Context) error { //nolint:revive // the error is the subject; the context only tells whose deadline passed
+func explain(parent context.Context, err error, server string) error {
 	if err == nil {
 		return nil
 	}

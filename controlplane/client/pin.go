@@ -1,11 +1,12 @@
 package client
 
 import (
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base32"
+	"strings"
 	"time"
-
-	"github.com/opendepot/depot/internal/mtls"
 )
 
 // pinnedName is the name that every control plane's own certificate carries.
@@ -19,7 +20,7 @@ func verifyPin(pin string, now func() time.Time) func(tls.ConnectionState) error
 		roots, between := x509.NewCertPool(), x509.NewCertPool()
 		found, got := false, ""
 		for _, c := range s.PeerCertificates[1:] {
-			got = mtls.PinOf(c)
+			got = pinOf(c)
 			if got == pin {
 				roots.AddCert(c)
 				found = true
@@ -42,4 +43,11 @@ func verifyPin(pin string, now func() time.Time) func(tls.ConnectionState) error
 		}
 		return nil
 	}
+}
+
+// pinOf returns the pin of an authority: the SHA-256 of its public key
+// (SubjectPublicKeyInfo), base32 in lower case without padding.
+func pinOf(c *x509.Certificate) string {
+	sum := sha256.Sum256(c.RawSubjectPublicKeyInfo)
+	return strings.ToLower(base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(sum[:]))
 }
