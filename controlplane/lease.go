@@ -47,6 +47,9 @@ type Lease struct {
 	// Machine is the machine that it is assigned to: an intent while waiting,
 	// a fact once ready.
 	Machine string
+	// Queued says that a waiting lease waits for room in a pool: it stands in
+	// the one queue of its architecture, by Seq.
+	Queued bool
 	// Reason says what a waiting lease waits for, or why an ended one ended.
 	Reason string
 	End    LeaseEnd

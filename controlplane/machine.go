@@ -111,6 +111,8 @@ type Volume struct {
 	Agent string
 	// Pool is the pool's name.
 	Pool string
+	// Isolated volumes belong to one isolated machine and go with it.
+	Isolated bool
 	// Writers counts the machines that were given it.
 	Writers uint32
 	State   VolumeState

@@ -149,9 +149,9 @@ type FleetTx interface {
 	LiveScopes(ctx context.Context) ([]Scope, error)
 	// PoolMachines counts the machines that take room in a pool: not gone.
 	PoolMachines(ctx context.Context, agent, pool string) (int, error)
-	// WaitingScopes returns the scopes of an architecture with waiting leases
-	// that no machine is meant for yet, by their first lease's Seq, limit at most.
-	WaitingScopes(ctx context.Context, arch string, limit int) ([]Scope, error)
+	// QueuedScopes returns the scopes of an architecture with a lease that is
+	// waiting and Queued, by their first such lease's Seq, limit at most.
+	QueuedScopes(ctx context.Context, arch string, limit int) ([]Scope, error)
 }
 
 // VolumeTx reads and writes volumes and generations.

@@ -11,6 +11,7 @@ import (
 	"net/http"
 
 	"connectrpc.com/connect"
+	"github.com/opendepot/depot/internal/mtls"
 )
 
 // Error is a failed call, in words for people. The [connect.Error] stays in
@@ -27,21 +28,6 @@ func (e *Error) Error() string { return e.Message }
 
 // Unwrap returns the cause.
 func (e *Error) Unwrap() error { return e.Err }
-
-// PinError reports a server that is not the one that the pin names.
-type PinError struct {
-	// Want is the pin that was given, Got the last authority's that the server
-	// showed; empty if it showed none.
-	Want, Got string
-}
-
-// Error says which pins differ.
-func (e *PinError) Error() string {
-	if e.Got == "" {
-		return fmt.Sprintf("the server showed no authority with the pin %s", e.Want)
-	}
-	return fmt.Sprintf("the server's authority has the pin %s, not %s", e.Got, e.Want)
-}
 
 // notDepotError reports an answer that no control plane gives.
 type notDepotError struct {
@@ -75,7 +61,6 @@ func Temporary(err error) bool {
 // lasting reports whether err came from below HTTP and repeating cannot help.
 func lasting(err error) bool {
 	var (
-		pin      *PinError
 		notDepot *notDepotError
 		cert     *tls.CertificateVerificationError
 		record   tls.RecordHeaderError
@@ -83,7 +68,7 @@ func lasting(err error) bool {
 		dns      *net.DNSError
 	)
 	switch {
-	case errors.As(err, &pin), errors.As(err, &notDepot), errors.As(err, &cert),
+	case errors.As(err, &notDepot), errors.As(err, &cert),
 		errors.As(err, &record), errors.As(err, &alert):
 		return true
 	case errors.As(err, &dns):
@@ -99,7 +84,7 @@ func explain(parent context.Context, err error, server string) error {
 		return nil
 	}
 	var (
-		pin      *PinError
+		pin      *mtls.PinError
 		notDepot *notDepotError
 		record   tls.RecordHeaderError
 		alert    tls.AlertError
@@ -116,8 +101,7 @@ func explain(parent context.Context, err error, server string) error {
 	case parent.Err() != nil:
 		return say("the call to %s was ended: %v", server, context.Cause(parent))
 	case errors.As(err, &pin):
-		return say("%s is not the server that the token or pin belongs to: %v. "+
-			"Check the URL; if the server was set up anew, ask for a new token", server, pin)
+		return say("%s is not the server that the token or pin belongs to: %v", server, pin)
 	case errors.As(err, &notDepot):
 		return say("%s does not answer like a depot control plane of this version: %v. "+
 			"Check the URL's host, port and path", server, notDepot)
