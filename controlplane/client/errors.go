@@ -36,10 +36,11 @@ type notDepotError struct {
 }
 
 func (e *notDepotError) Error() string {
-	if e.contentType == "" {
-		return http.StatusText(e.status)
+	text := fmt.Sprintf("%d %s", e.status, http.StatusText(e.status))
+	if e.contentType != "" {
+		text += " (" + e.contentType + ")"
 	}
-	return fmt.Sprintf("%d %s (%s)", e.status, http.StatusText(e.status), e.contentType)
+	return text
 }
 
 // Temporary reports whether the same call may succeed later without anyone
@@ -69,7 +70,7 @@ func lasting(err error) bool {
 	)
 	switch {
 	case errors.As(err, &notDepot), errors.As(err, &cert),
-		errors.As(err, &record), errors.As(err, &alert):
+		errors.As(err, &record), errors.As(err, &alert), errors.Is(err, http.ErrSchemeMismatch):
 		return true
 	case errors.As(err, &dns):
 		return dns.IsNotFound
@@ -101,11 +102,11 @@ func explain(parent context.Context, err error, server string) error {
 	case parent.Err() != nil:
 		return say("the call to %s was ended: %v", server, context.Cause(parent))
 	case errors.As(err, &pin):
-		return say("%s is not the server that the token or pin belongs to: %v", server, pin)
+		return say("%v", pin)
 	case errors.As(err, &notDepot):
 		return say("%s does not answer like a depot control plane of this version: %v. "+
 			"Check the URL's host, port and path", server, notDepot)
-	case errors.As(err, &record):
+	case errors.As(err, &record), errors.Is(err, http.ErrSchemeMismatch):
 		return say("%s does not speak TLS: check the URL's port", server)
 	case errors.As(err, &host):
 		return say("the certificate of %s is not for that host: %v. Use the name that it was made for, or a token with the server's pin", server, host)
