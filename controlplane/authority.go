@@ -59,6 +59,12 @@ type Issued struct {
 type Authenticator interface {
 	// Token authenticates a bearer token's text.
 	Token(ctx context.Context, text string, now time.Time) (Principal, error)
+	// AgentToken checks the text of an agent's join token and returns the token.
+	AgentToken(ctx context.Context, text string, now time.Time) (Token, error)
+	// MachineToken returns the join token of a machine, the same each time, and
+	// CheckMachineToken reports whether text is it.
+	MachineToken(key []byte, machine string) string
+	CheckMachineToken(key []byte, machine, text string) bool
 	// NewToken makes a token: t completed with id, hash and time, to be stored,
 	// and the text that carries its secret.
 	NewToken(t Token, now time.Time) (Token, string, error)

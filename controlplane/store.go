@@ -200,3 +200,20 @@ type Scope struct {
 
 // String returns the scope as a topic's key.
 func (s Scope) String() string { return s.Project + "/" + s.Arch }
+
+// QueueDepth is how many queued scopes of an architecture are looked at: more
+// than any pool frees machines for at once.
+const QueueDepth = 64
+
+// WakeQueue has the scheduler look again at the scopes that wait for room in a
+// pool of the architecture. Call it in the transaction that makes room.
+func WakeQueue(ctx context.Context, tx Tx, arch string) error {
+	queue, err := tx.QueuedScopes(ctx, arch, QueueDepth)
+	if err != nil {
+		return err
+	}
+	for _, sc := range queue {
+		tx.Announce(TopicScope, sc.String())
+	}
+	return nil
+}
