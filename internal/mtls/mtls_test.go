@@ -254,7 +254,7 @@ func TestPin(t *testing.T) {
 				t.Errorf("pin %q is not valid", test.pin)
 			}
 			client := mtls.Client{Pin: test.pin, ServerName: test.name, Address: "192.0.2.1:443"}
-			err, _ := handshake(t, client.Config(), mtls.Server{Identity: test.server}.Config()) //nolint:staticcheck,revive // the client's error comes first
+			err, _ := handshake(t, client.Config(), mtls.Server{Identity: test.server}.Config())
 			var pinErr *mtls.PinError
 			if (err != nil) != test.wantErr || errors.As(err, &pinErr) != test.wantPin {
 				t.Fatalf("got %v, want an error: %t, of the pin: %t", err, test.wantErr, test.wantPin)

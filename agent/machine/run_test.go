@@ -1,0 +1,237 @@
+package machine
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	bkclient "github.com/moby/buildkit/client"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/opendepot/depot/agent/provider"
+	depotv1 "github.com/opendepot/depot/controlplane/api/depot/v1"
+	"github.com/opendepot/depot/internal/mtls"
+)
+
+// program returns a program's path; tests run the real ones.
+func program(t testing.TB, name string) string {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		t.Fatalf("%s is not on PATH: build it (make build) and put its directory there", name)
+	}
+	return path
+}
+
+// bench is a machine with all that is around it.
+type bench struct {
+	controlPlane *controlPlane
+	config       Config
+	address      string
+	terminate    chan os.Signal
+	cancel       context.CancelFunc
+	result       chan error
+}
+
+// prepare makes the surroundings of a machine and starts nothing.
+func prepare(t testing.TB) *bench {
+	t.Helper()
+	dir := t.TempDir()
+	run := filepath.Join(dir, "run")
+	c := newControlPlane(t, run)
+	if err := os.WriteFile(filepath.Join(run, "join-token"), []byte("join\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return &bench{
+		controlPlane: c,
+		config: Config{
+			MachineID: testID("mch", "1"), ServerID: c.id, Arch: "amd64",
+			ControlPlane: ControlPlane{URL: "https://controlplane.test", Pin: mtls.PinOf(c.server.cert)},
+			Paths: Paths{
+				Run: run, Root: filepath.Join(dir, "root"), Work: filepath.Join(dir, "work"),
+				Buildkitd: program(t, "buildkitd"), Runc: program(t, "buildkit-runc"), CNIConfig: "host",
+			},
+		},
+		terminate: make(chan os.Signal, 2),
+		result:    make(chan error, 1),
+	}
+}
+
+// start runs the machine in this process; the test's end ends it.
+func (b *bench) start(t testing.TB) {
+	t.Helper()
+	if err := os.MkdirAll(b.config.Paths.Root, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // at once
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.address = listener.Addr().String()
+	ctx, cancel := context.WithCancel(context.Background()) //nolint:usetesting // ended by cleanup, in order
+	b.cancel = cancel
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		b.result <- Run(ctx, b.config, Surroundings{Listener: listener, Terminate: b.terminate, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-done
+	})
+}
+
+func (b *bench) ready(t testing.TB) {
+	t.Helper()
+	b.controlPlane.await(t, "ready", func(r *depotv1.SyncMachineRequest) bool {
+		return r.GetState() == depotv1.MachineState_MACHINE_STATE_READY
+	})
+}
+
+// ended waits for the machine's end and returns what it left behind.
+func (b *bench) ended(t testing.TB) (provider.Exit, error) {
+	t.Helper()
+	var err error
+	select {
+	case err = <-b.result:
+	case <-time.After(30 * time.Second):
+		t.Fatal("the machine did not end within 30 s")
+	}
+	return readExit(t, b.config.Paths), err
+}
+
+func readExit(t testing.TB, p Paths) provider.Exit {
+	t.Helper()
+	data, err := os.ReadFile(p.exit())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var e provider.Exit
+	if err := json.Unmarshal(data, &e); err != nil {
+		t.Fatal(err)
+	}
+	return e
+}
+
+func (b *bench) leafName(lease string) mtls.LeafName {
+	return mtls.LeafName{Server: b.controlPlane.id, Lease: lease, Machine: b.config.MachineID}
+}
+
+// tls is the configuration of a client with a lease.
+func (b *bench) tls(t testing.TB, lease string) *tls.Config {
+	t.Helper()
+	return mtls.Client{
+		Identity:   b.controlPlane.project.identity(t, forClient, named(b.leafName(lease))),
+		Anchors:    b.controlPlane.project.anchors(t),
+		ServerName: machineName, NextProtos: []string{"h2"},
+	}.Config()
+}
+
+// client is a BuildKit client through the front.
+func (b *bench) client(t testing.TB, lease string) *bkclient.Client {
+	t.Helper()
+	config := b.tls(t, lease)
+	c, err := bkclient.New(t.Context(), "tcp://"+b.address,
+		bkclient.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			return (&tls.Dialer{Config: config}).DialContext(ctx, "tcp", b.address)
+		}),
+		bkclient.WithGRPCDialOption(grpc.WithTransportCredentials(insecure.NewCredentials())))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	return c
+}
+
+func open(r *depotv1.SyncMachineRequest) map[string][2]int64 {
+	out := map[string][2]int64{}
+	for _, c := range r.GetConnections() {
+		out[c.GetLeaseId()] = [2]int64{int64(c.GetOpen()), c.GetTotal()}
+	}
+	return out
+}
+
+func awaitOpen(t testing.TB, b *bench, want map[string][2]int64) {
+	t.Helper()
+	b.controlPlane.await(t, "connections", func(r *depotv1.SyncMachineRequest) bool { return cmp.Equal(want, open(r)) })
+}
+
+func TestMachineLife(t *testing.T) {
+	b := prepare(t)
+	b.start(t)
+	b.ready(t)
+	if _, err := os.Stat(b.config.Paths.joinToken()); !os.IsNotExist(err) {
+		t.Errorf("the join token is still there: %v", err)
+	}
+	one, two := testID("lse", "1"), testID("lse", "2")
+	first, second := b.client(t, one), b.client(t, two)
+	for _, c := range []*bkclient.Client{first, second} {
+		if _, err := c.ListWorkers(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	awaitOpen(t, b, map[string][2]int64{one: {1, 1}, two: {1, 1}})
+	report := b.controlPlane.await(t, "version", func(r *depotv1.SyncMachineRequest) bool { return r.GetBuildkitVersion() != "" })
+	if u := report.GetUsage(); u.GetDiskUsedBytes() <= 0 || u.GetDiskFreeBytes() <= 0 || u.GetCpuNanoseconds() <= 0 || u.GetMemoryBytes() <= 0 {
+		t.Errorf("usage is not measured: %v", u)
+	}
+	if err := second.Close(); err != nil {
+		t.Fatal(err)
+	}
+	awaitOpen(t, b, map[string][2]int64{one: {1, 1}, two: {0, 1}})
+
+	// It drains: the client that is connected goes on, another is refused at once.
+	b.controlPlane.direct(&depotv1.SyncMachineResponse{Drain: true})
+	b.controlPlane.await(t, "draining", func(r *depotv1.SyncMachineRequest) bool {
+		return r.GetState() == depotv1.MachineState_MACHINE_STATE_DRAINING
+	})
+	if _, err := first.ListWorkers(t.Context()); err != nil {
+		t.Errorf("while draining, for a client that was connected: %v", err)
+	}
+	if conn, err := tls.Dial("tcp", b.address, b.tls(t, two)); err == nil {
+		_ = conn.Close()
+		t.Error("a client was let in while draining")
+	}
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	exit, err := b.ended(t)
+	if err != nil || !cmp.Equal(exit, provider.Exit{Clean: true}) {
+		t.Errorf("ended with %+v, %v", exit, err)
+	}
+	b.controlPlane.await(t, "stopped", func(r *depotv1.SyncMachineRequest) bool {
+		return r.GetState() == depotv1.MachineState_MACHINE_STATE_STOPPED
+	})
+}
+
+func TestTerminate(t *testing.T) {
+	b := prepare(t)
+	b.start(t)
+	b.ready(t)
+	c := b.client(t, testID("lse", "1"))
+	if _, err := c.ListWorkers(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b.terminate <- unix.SIGTERM
+	b.controlPlane.await(t, "draining", func(r *depotv1.SyncMachineRequest) bool {
+		return r.GetState() == depotv1.MachineState_MACHINE_STATE_DRAINING
+	})
+	if _, err := c.ListWorkers(t.Context()); err != nil {
+		t.Errorf("the first signal cut a connection: %v", err)
+	}
+	b.terminate <- unix.SIGTERM
+	exit, err := b.ended(t)
+	if err != nil || !exit.Clean {
+		t.Errorf("ended with %+v, %v", exit, err)
+	}
+}
