@@ -1,11 +1,10 @@
-module tools
+module github.com/opendepot/depot/tools
 
 go 1.26.0
 
 tool (
 	connectrpc.com/connect/cmd/protoc-gen-connect-go
 	github.com/bufbuild/buf/cmd/buf
-	github.com/bufbuild/buf/cmd/protoc-gen-buf-breaking
 	github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 	google.golang.org/protobuf/cmd/protoc-gen-go
 	mvdan.cc/gofumpt
