@@ -81,8 +81,14 @@ func (p *pool) format(ctx context.Context, wantBytes int64) error {
 	if _, err := os.Stat(p.file); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	half := p.file + ".new"
-	if err := os.Remove(half); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	// The name is new each time: the mkfs of a process that was killed may still
+	// run, and opens its file by name.
+	pattern := filepath.Base(p.file) + ".new-*"
+	halves, err := filepath.Glob(filepath.Join(p.dir, pattern))
+	for _, half := range halves {
+		err = errors.Join(err, os.Remove(half))
+	}
+	if err != nil {
 		return err
 	}
 	below, err := statfs(p.dir)
@@ -96,10 +102,11 @@ func (p *pool) format(ctx context.Context, wantBytes int64) error {
 	if warning != "" {
 		p.warnings = append(p.warnings, warning)
 	}
-	f, err := os.OpenFile(half, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600) //nolint:gosec // G304: the store's own pool
+	f, err := os.CreateTemp(p.dir, pattern)
 	if err != nil {
 		return err
 	}
+	half := f.Name()
 	defer func() { _ = f.Close() }()
 	if err := f.Truncate(size); err != nil {
 		return err

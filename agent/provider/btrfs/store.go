@@ -127,7 +127,7 @@ func (s *Store) Close() error {
 			busy = append(busy, id)
 		}
 	}
-	if err = errors.Join(err, s.root.Close()); err != nil {
+	if err = errors.Join(err, closeUnforked(s.root)); err != nil {
 		return fmt.Errorf("close volume store: %w", err)
 	}
 	if len(busy) > 0 && s.pool.file != "" {

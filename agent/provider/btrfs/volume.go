@@ -146,7 +146,7 @@ func (s *Store) Delete(ctx context.Context, volume string) error {
 		return fmt.Errorf("delete volume %s: %w", volume, err)
 	}
 	// Held until the volume has left its place: a later Open finds none.
-	defer func() { _ = lock.Close() }()
+	defer func() { _ = closeUnforked(lock) }()
 	err = s.scratch(ctx, func(tree string) error { return os.Rename(s.path(volume), tree) })
 	if err == nil {
 		err = s.sync()
@@ -167,7 +167,7 @@ func (s *Store) Restore(ctx context.Context, volume, generation string) error {
 	}
 	lock, err := s.lock(volume)
 	if err == nil {
-		defer func() { _ = lock.Close() }()
+		defer func() { _ = closeUnforked(lock) }()
 		err = s.scratch(ctx, func(tree string) error {
 			if err := s.snapshotOf(provider.Source{Volume: volume, Generation: generation}, tree); err != nil {
 				return err

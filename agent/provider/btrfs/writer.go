@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -40,7 +41,7 @@ func (s *Store) Open(ctx context.Context, volume, machine string, epoch uint64) 
 		return nil, fmt.Errorf("open volume %s for machine %s: %w", volume, machine, err)
 	}
 	if err := s.admit(volume, writer{Epoch: epoch, Machine: machine}); err != nil {
-		return nil, errors.Join(fmt.Errorf("open volume %s for machine %s: %w", volume, machine, err), lock.Close())
+		return nil, errors.Join(fmt.Errorf("open volume %s for machine %s: %w", volume, machine, err), closeUnforked(lock))
 	}
 	return &Writer{lock: lock, path: s.path(volume, "live")}, nil
 }
@@ -88,7 +89,15 @@ func (w *Writer) LockFile() *os.File { return w.lock }
 
 // Close gives up this process's copy of the lock, and so the volume if nobody
 // inherited it.
-func (w *Writer) Close() error { return w.lock.Close() }
+func (w *Writer) Close() error { return closeUnforked(w.lock) }
+
+// closeUnforked closes f when no process is between its fork and its exec, and
+// so holds a copy of f that would keep a lock or a mount for another moment.
+func closeUnforked(f *os.File) error {
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	return f.Close()
+}
 
 // lock takes the volume's lock, without waiting.
 func (s *Store) lock(volume string) (*os.File, error) {
