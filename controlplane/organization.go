@@ -37,7 +37,9 @@ type Project struct {
 	// Authority is the project's certificate authority: certificates in the
 	// clear, keys sealed by the master key.
 	Authority SealedAuthority
-	Created   time.Time
+	// Request is the id of the request that made it, for its repetition.
+	Request string
+	Created time.Time
 }
 
 // SealedAuthority is a certificate authority as it is stored.
