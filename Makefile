@@ -8,6 +8,9 @@ MAKEFLAGS += --no-builtin-rules
 # What the programs under test and the scripts are told.
 export DEPOT_BIN := $(CURDIR)/bin
 export DEPOT_DEPS := $(CURDIR)/build/deps
+# The version is stamped below. Go need not ask git for it, which refuses in a
+# clone that belongs to another user.
+export GOFLAGS := $(GOFLAGS) -buildvcs=false
 
 sources := $(shell find agent controlplane driver internal plugin -type f -not -name '*_test.go')
 module := go list -m -f '{{.Version}}'
