@@ -1,0 +1,120 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/spf13/pflag"
+)
+
+// config is all that `depot-controlplane serve` can be told. Each field is a
+// flag, and an environment variable DEPOT_CONTROLPLANE_<FLAG> that the flag
+// overrides. Secrets stand in files only.
+type config struct {
+	// DataDir holds the database; 0700.
+	DataDir string
+	// MasterKeyFile holds the key that seals all other keys, outside DataDir,
+	// 0600; made at the first start. Empty: DataDir with "-master.key" added.
+	MasterKeyFile string
+	// ClientListen, AgentListen and OpsListen are host:port of the listeners
+	// for clients, for agents and machines, and for health and metrics (which
+	// speaks plain HTTP and has to be on loopback).
+	ClientListen string
+	AgentListen  string
+	OpsListen    string
+	// AdminTokenFile gets the first administrator's token at the first start,
+	// 0600. Empty: admin-token in DataDir.
+	AdminTokenFile string
+	// TLSCert and TLSKey are PEM files for the listener for clients; empty: a
+	// certificate of the control plane's own authority, known by its pin.
+	TLSCert string
+	TLSKey  string
+	// Names are further DNS names and addresses in the control plane's own
+	// certificate, for clients that verify names instead of the pin.
+	Names []string
+	// Organization is the first organization's name.
+	Organization string
+	// LogFormat is text or json; LogLevel is debug, info, warn or error.
+	LogFormat string
+	LogLevel  string
+}
+
+func (c *config) dataFlags(f *pflag.FlagSet) {
+	f.StringVar(&c.DataDir, "data-dir", "/var/lib/depot/controlplane", "directory of the database")
+	f.StringVar(&c.MasterKeyFile, "master-key-file", "", "file of the master key, outside the data directory (default <data-dir>-master.key)")
+}
+
+func (c *config) flags(f *pflag.FlagSet) {
+	c.dataFlags(f)
+	f.StringVar(&c.ClientListen, "client-listen", "127.0.0.1:8443", "host:port of the listener for clients")
+	f.StringVar(&c.AgentListen, "agent-listen", "127.0.0.1:8444", "host:port of the listener for agents and machines")
+	f.StringVar(&c.OpsListen, "ops-listen", "127.0.0.1:8445", "loopback host:port of /healthz, /readyz and /metrics")
+	f.StringVar(&c.AdminTokenFile, "admin-token-file", "", "where the first start writes the administrator's token (default <data-dir>/admin-token)")
+	f.StringVar(&c.TLSCert, "tls-cert", "", "PEM certificate chain for clients (default: self-made, pinned by tokens)")
+	f.StringVar(&c.TLSKey, "tls-key", "", "PEM key of --tls-cert")
+	f.StringSliceVar(&c.Names, "name", nil, "further DNS names or addresses for the self-made certificate")
+	f.StringVar(&c.Organization, "organization", "default", "name of the organization that the first start makes")
+	f.StringVar(&c.LogFormat, "log-format", "text", "text or json")
+	f.StringVar(&c.LogLevel, "log-level", "info", "debug, info, warn or error")
+}
+
+// environment gives flags that were not set their values from the environment.
+func environment(f *pflag.FlagSet, lookup func(string) (string, bool)) error {
+	var err error
+	f.VisitAll(func(flag *pflag.Flag) {
+		name := "DEPOT_CONTROLPLANE_" + strings.ToUpper(strings.ReplaceAll(flag.Name, "-", "_"))
+		if v, ok := lookup(name); ok && !flag.Changed && err == nil {
+			if e := f.Set(flag.Name, v); e != nil {
+				err = fmt.Errorf("environment variable %s=%q: %w", name, v, e)
+			}
+		}
+	})
+	return err
+}
+
+// complete checks the configuration and fills in what depends on other fields.
+func (c *config) complete() error {
+	var err error
+	if c.DataDir, err = filepath.Abs(c.DataDir); err != nil {
+		return fmt.Errorf("--data-dir %q: %w", c.DataDir, err)
+	}
+	if c.MasterKeyFile == "" {
+		c.MasterKeyFile = c.DataDir + "-master.key"
+	}
+	if c.AdminTokenFile == "" {
+		c.AdminTokenFile = filepath.Join(c.DataDir, "admin-token")
+	}
+	if (c.TLSCert == "") != (c.TLSKey == "") {
+		return fmt.Errorf("--tls-cert and --tls-key go together: give both or none")
+	}
+	for flag, addr := range map[string]string{"client-listen": c.ClientListen, "agent-listen": c.AgentListen, "ops-listen": c.OpsListen} {
+		if _, _, err := net.SplitHostPort(addr); err != nil {
+			return fmt.Errorf("--%s %q: %w: use host:port", flag, addr, err)
+		}
+	}
+	host, _, _ := net.SplitHostPort(c.OpsListen)
+	if ip := net.ParseIP(host); host != "localhost" && (ip == nil || !ip.IsLoopback()) {
+		return fmt.Errorf("--ops-listen %q is not on loopback: health and metrics are served without TLS, use 127.0.0.1 or ::1", c.OpsListen)
+	}
+	if !slices.Contains([]string{"text", "json"}, c.LogFormat) {
+		return fmt.Errorf("--log-format %q is not known: use text or json", c.LogFormat)
+	}
+	return nil
+}
+
+func (c *config) logger() (*slog.Logger, error) {
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(c.LogLevel)); err != nil {
+		return nil, fmt.Errorf("--log-level %q is not known: use debug, info, warn or error", c.LogLevel)
+	}
+	opts := &slog.HandlerOptions{Level: level}
+	if c.LogFormat == "json" {
+		return slog.New(slog.NewJSONHandler(os.Stderr, opts)), nil
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, opts)), nil
+}
