@@ -14,6 +14,7 @@ import (
 
 	"github.com/docker/cli/cli"
 	"github.com/docker/cli/cli/command"
+	"github.com/opendepot/depot/driver/credentials"
 	"github.com/spf13/cobra"
 )
 
@@ -26,12 +27,8 @@ type Deps struct {
 	Version string
 	// Executable is the program's own file, links resolved.
 	Executable string
-	// Getenv reads the environment.
-	Getenv func(string) string
-	// WorkingDir is where the search for depot.json begins.
-	WorkingDir string
-	// Logins keeps the logins of this user.
-	Logins Logins
+	// Source says which server to talk to, as whom, about which project.
+	Source credentials.Source
 }
 
 // app is what every command stands on.
@@ -52,6 +49,7 @@ func NewDepotCommand(dockerCli command.Cli, deps Deps) *cobra.Command {
 		RunE: showHelp,
 	}
 	cmd.AddCommand(
+		a.configureCommand(),
 		a.loginCommand(), a.logoutCommand(), a.whoamiCommand(),
 		a.projectCommand(), a.tokenCommand(), a.machineCommand(), a.poolCommand(), a.agentCommand(),
 	)
@@ -114,6 +112,16 @@ func exactArgs(names ...string) cobra.PositionalArgs {
 			StatusCode: usageExitCode,
 			Status:     fmt.Sprintf("`docker %s` takes %s, not %d arguments\nUsage:  docker %s", commandPath(cmd), want, len(args), usageLine(cmd)),
 		}
+	}
+}
+
+// atMostOne refuses more than one argument.
+func atMostOne(name string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) <= 1 {
+			return nil
+		}
+		return exactArgs("at most one "+name)(cmd, args)
 	}
 }
 

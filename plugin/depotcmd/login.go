@@ -11,6 +11,7 @@ import (
 
 	"github.com/opendepot/depot/controlplane/api/depot/v1"
 	"github.com/opendepot/depot/controlplane/client"
+	"github.com/opendepot/depot/driver/credentials"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 )
@@ -19,12 +20,19 @@ func (a *app) loginCommand() *cobra.Command {
 	var server string
 	var tokenStdin bool
 	cmd := &cobra.Command{
-		Use:   "login [OPTIONS]",
+		Use:   "login [OPTIONS] [SERVER]",
 		Short: "Log in to a control plane",
 		Long: "Log in to a control plane with a token. The token is checked, then kept in the keyring, or in a file that only you can read.\n" +
 			"Without --token-stdin it is asked for; it is never taken from the command line, where others could see it.",
-		Args: exactArgs(),
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		Example: "  docker depot login --token-stdin https://depot.example.com < token",
+		Args:    atMostOne("server"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			for _, arg := range args {
+				if server != "" && server != arg {
+					return usageError(cmd, errors.New("two servers were named: give one"))
+				}
+				server = arg
+			}
 			return a.login(cmd.Context(), server, tokenStdin)
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,
@@ -36,17 +44,10 @@ func (a *app) loginCommand() *cobra.Command {
 
 func (a *app) login(ctx context.Context, server string, tokenStdin bool) error {
 	if server == "" {
-		server = a.deps.Getenv(envServer)
-	}
-	if server == "" {
-		stored, err := a.deps.Logins.Current()
-		if err != nil && !errors.Is(err, ErrNoLogin) {
-			return fmt.Errorf("read the stored login: %w", err)
+		var err error
+		if server, err = a.deps.Source.Server(); err != nil {
+			return err
 		}
-		server = stored.URL
-	}
-	if server == "" {
-		return errors.New("no server is known: name it with --server https://host[:port], or start one on this host with `docker depot up`")
 	}
 	u, err := client.ParseURL(server)
 	if err != nil {
@@ -60,34 +61,49 @@ func (a *app) login(ctx context.Context, server string, tokenStdin bool) error {
 	if err != nil {
 		return err
 	}
-	login := Login{URL: u.String(), Token: token}
-	who, place, err := a.checkAndSave(ctx, login)
+	who, login, err := a.checkAndSave(ctx, credentials.Login{URL: u.String(), Token: token})
 	if err != nil {
 		return err
 	}
-	a.println(fmt.Sprintf("Logged in to %s as %s; the token is kept in %s.", login.URL, describe(who), place))
-	if a.deps.Getenv(envToken) != "" {
-		a.notef("Note: %s is set and goes before this login.", envToken)
+	a.println(fmt.Sprintf("Logged in to %s as %s; the token is kept in %s.", login.URL, describe(who), a.keptIn(login)))
+	if a.deps.Source.Env(credentials.EnvToken) != "" {
+		a.notef("Note: %s is set and goes before this login.", credentials.EnvToken)
 	}
 	return nil
 }
 
-// checkAndSave stores a login that the server accepts.
-func (a *app) checkAndSave(ctx context.Context, login Login) (*depotv1.WhoAmIResponse, string, error) {
-	c, err := a.dial(login)
-	if err != nil {
-		return nil, "", err
+// keptIn says in words where a login's token is.
+func (a *app) keptIn(login credentials.Login) string {
+	if login.InKeyring {
+		return "the keyring"
 	}
-	defer c.Close()
-	who, err := c.Admin.WhoAmI(ctx, &depotv1.WhoAmIRequest{})
+	return "a file that only you can read, in " + a.deps.Source.Store.Dir
+}
+
+// checkAndSave stores a login that the server accepts. A project that was
+// chosen before is kept; a project's token chooses its own.
+func (a *app) checkAndSave(ctx context.Context, login credentials.Login) (*depotv1.WhoAmIResponse, credentials.Login, error) {
+	roots, err := a.deps.Source.Roots()
 	if err != nil {
-		return nil, "", err
+		return nil, login, err
 	}
-	place, err := a.deps.Logins.Save(login)
+	var who *depotv1.WhoAmIResponse
+	config := client.Config{URL: login.URL, Token: login.Token, Roots: roots, UserAgent: a.userAgent()}
+	err = withConfig(config, func(c *client.Client) error {
+		who, err = c.Admin.WhoAmI(ctx, &depotv1.WhoAmIRequest{})
+		return err
+	})
 	if err != nil {
-		return nil, "", fmt.Errorf("store the login: %w", err)
+		return nil, login, err
 	}
-	return who, place, nil
+	if before, err := a.deps.Source.Store.Current(); err == nil && before.URL == login.URL && login.Project == "" {
+		login.Project = before.Project
+	}
+	if who.GetProject() != "" {
+		login.Project = who.GetOrganization() + "/" + who.GetProject()
+	}
+	login, err = a.deps.Source.Store.Save(login)
+	return who, login, err
 }
 
 func (a *app) readToken(fromStdin bool, server string) (string, error) {
@@ -137,28 +153,30 @@ func (a *app) logoutCommand() *cobra.Command {
 }
 
 func (a *app) logout(server string) error {
-	var login Login
-	var err error
 	if server == "" {
-		login, err = a.deps.Logins.Current()
-	} else {
-		u, parseErr := client.ParseURL(server)
-		if parseErr != nil {
-			return parseErr
+		current, err := a.deps.Source.Store.Current()
+		if errors.Is(err, credentials.ErrNotFound) {
+			a.println("Nobody is logged in: nothing to forget.")
+			return nil
 		}
-		login, err = a.deps.Logins.Find(u.String())
+		if err != nil {
+			return err
+		}
+		server = current.URL
 	}
+	u, err := client.ParseURL(server)
+	if err != nil {
+		return err
+	}
+	err = a.deps.Source.Store.Delete(u.String())
 	switch {
-	case errors.Is(err, ErrNoLogin):
-		a.println("Nobody is logged in: nothing to forget.")
-		return nil
+	case errors.Is(err, credentials.ErrNotFound):
+		a.println("There is no login to " + u.String() + ": nothing to forget.")
 	case err != nil:
-		return fmt.Errorf("read the stored login: %w", err)
+		return err
+	default:
+		a.println("Forgot the login to " + u.String() + ".")
 	}
-	if err := a.deps.Logins.Delete(login.URL); err != nil {
-		return fmt.Errorf("forget the login for %s: %w", login.URL, err)
-	}
-	a.println("Forgot the login for " + login.URL + ".")
 	return nil
 }
 
@@ -198,28 +216,27 @@ func (a *app) whoami(ctx context.Context, format string) error {
 	if err != nil {
 		return err
 	}
-	c, err := a.dial(acc.Login)
-	if err != nil {
+	var who *depotv1.WhoAmIResponse
+	err = withConfig(acc.config, func(c *client.Client) error {
+		who, err = c.Admin.WhoAmI(ctx, &depotv1.WhoAmIRequest{})
 		return err
-	}
-	defer c.Close()
-	who, err := c.Admin.WhoAmI(ctx, &depotv1.WhoAmIRequest{})
+	})
 	if err != nil {
 		return err
 	}
 	if format != "" {
-		return inspectAll(a.cli.Out(), []string{acc.URL}, format, func(string) (any, error) {
+		return inspectAll(a.cli.Out(), []string{acc.config.URL}, format, func(string) (any, error) {
 			return identity{
-				Server: acc.URL, ServerID: who.GetServerId(), ServerVersion: who.GetServerVersion(),
+				Server: acc.config.URL, ServerID: who.GetServerId(), ServerVersion: who.GetServerVersion(),
 				Kind: who.GetKind(), ID: who.GetPrincipalId(), Name: who.GetName(), Role: who.GetRole(),
 				Organization: who.GetOrganization(), Project: who.GetProject(), Expires: timeOf(who.GetExpires()),
-				TokenFrom: string(acc.tokenFrom),
+				TokenFrom: acc.tokenFrom,
 			}, nil
 		})
 	}
 	a.println(describe(who))
-	a.println(fmt.Sprintf("Server:  %s (version %s)", acc.URL, who.GetServerVersion()))
-	a.println("Token:   from the " + string(acc.tokenFrom) + ", expires " + until(who.GetExpires(), time.Now()))
+	a.println(fmt.Sprintf("Server:  %s (version %s)", acc.config.URL, who.GetServerVersion()))
+	a.println("Token:   from the " + acc.tokenFrom + ", expires " + until(who.GetExpires(), time.Now()))
 	return nil
 }
 

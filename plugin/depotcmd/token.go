@@ -9,6 +9,7 @@ import (
 	"github.com/docker/cli/cli/command/formatter"
 	"github.com/opendepot/depot/controlplane/api/depot/v1"
 	"github.com/opendepot/depot/controlplane/client"
+	"github.com/opendepot/depot/driver/credentials"
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/types/known/durationpb"
 )
@@ -69,7 +70,7 @@ func (a *app) tokenCreateCommand() *cobra.Command {
 			if err != nil {
 				return usageError(cmd, err)
 			}
-			return a.printToken(cmd.Context(), req, "It is shown this once: give it as "+envToken+" or to `docker depot login`.")
+			return a.printToken(cmd.Context(), req, "It is shown this once: give it as "+credentials.EnvToken+" or to `docker depot login`.")
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,
 	}
