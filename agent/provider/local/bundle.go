@@ -1,0 +1,343 @@
+package local
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/opendepot/depot/agent/provider"
+)
+
+const (
+	// agentPath is a machine's PID 1, told to be one by its first argument.
+	agentPath = "/usr/bin/depot-agent"
+	// secretsBytes bounds the tmpfs with a machine's files: pages of it are the
+	// machine's memory, but the room is the host's.
+	secretsBytes = 16 << 20
+	// pidsMax keeps a fork bomb in a RUN step from using up the host's numbers.
+	pidsMax = 16384
+	// cpuPeriodMicros is the kernel's default period of CPU limits.
+	cpuPeriodMicros = 100_000
+	// Descriptors that PID 1 finds open: 3 is the door, 4 the volume's lock.
+	listenFDs = 2
+)
+
+// host is what decisions about a machine need to know of this host.
+type host struct {
+	cpus         int
+	memoryBytes  int64
+	capabilities []string // that this process may hand on
+	cgroupV2     bool
+	swapLimits   bool // v1 only: the kernel accounts for swap
+}
+
+// limits caps the size asked for by what the host has.
+func (h host) limits(spec provider.MachineSpec) (cpus int, memoryBytes int64, warnings []string) {
+	cpus, memoryBytes = spec.CPUs, spec.MemoryBytes
+	if cpus > h.cpus {
+		warnings = append(warnings, fmt.Sprintf("%d CPUs were asked for, the host has %d: the machine gets %d", cpus, h.cpus, h.cpus))
+		cpus = h.cpus
+	}
+	if memoryBytes > h.memoryBytes {
+		const mib = 1 << 20
+		warnings = append(warnings, fmt.Sprintf("%d MiB of memory were asked for, the host has %d MiB: the machine gets that", memoryBytes/mib, h.memoryBytes/mib))
+		memoryBytes = h.memoryBytes
+	}
+	return cpus, memoryBytes, warnings
+}
+
+// bundle is what varies from one machine's configuration to another's.
+type bundle struct {
+	id          string
+	rootfs      string // absolute path
+	cgroup      string // path below each hierarchy's root
+	volume      string // the live tree
+	dir         string // the machine's run directory
+	relay       string // may be empty
+	cpus        int
+	memoryBytes int64
+}
+
+// The names below a machine's run directory.
+const (
+	secretsDir = "depot" // its /run/depot
+	stateDir   = "depot/state"
+)
+
+// config is the OCI runtime configuration. What a machine needs beyond an
+// ordinary container is what buildkitd needs to run containers of its own:
+// mounts, network devices, cgroups. It gets nothing that loads modules, reaches
+// hardware or sets the clock.
+func (b bundle) config(h host) *specs.Spec {
+	c := &specs.Spec{
+		Version:  "1.0.2",
+		Hostname: hostname(b.id),
+		Root:     &specs.Root{Path: b.rootfs, Readonly: true},
+		Process: &specs.Process{
+			Args: []string{agentPath, "machine"},
+			Cwd:  "/",
+			Env: []string{
+				"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+				"HOME=/root",
+				"LISTEN_FDS=" + strconv.Itoa(listenFDs),
+				"LISTEN_PID=1",
+			},
+			Capabilities: &specs.LinuxCapabilities{
+				Bounding: h.capabilities, Effective: h.capabilities, Permitted: h.capabilities,
+			},
+			// RUN steps may run setuid programs, as they do elsewhere.
+			NoNewPrivileges: false,
+		},
+		Mounts: b.mounts(),
+		Linux: &specs.Linux{
+			CgroupsPath: b.cgroup,
+			Namespaces: []specs.LinuxNamespace{
+				{Type: specs.PIDNamespace},
+				{Type: specs.MountNamespace},
+				{Type: specs.UTSNamespace},
+				{Type: specs.IPCNamespace},
+				{Type: specs.CgroupNamespace},
+				{Type: specs.NetworkNamespace},
+			},
+			Sysctl: map[string]string{
+				"net.ipv4.ip_forward":                 "1", // from RUN steps to the way out
+				"net.ipv4.ping_group_range":           "0 2147483647",
+				"net.ipv4.ip_unprivileged_port_start": "0",
+			},
+			Devices: []specs.LinuxDevice{device("/dev/fuse", 10, 229)},
+			Resources: &specs.LinuxResources{
+				Devices: allowDevices(),
+				Pids:    &specs.LinuxPids{Limit: ptr(int64(pidsMax))},
+			},
+			MaskedPaths: []string{
+				"/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list", "/proc/sched_debug", "/proc/scsi", "/sys/firmware",
+			},
+			// All of /proc/sys but net, which the machine's own namespace has
+			// and the CNI plugins set.
+			ReadonlyPaths: []string{
+				"/proc/asound", "/proc/bus", "/proc/fs", "/proc/irq", "/proc/sysrq-trigger",
+				"/proc/sys/abi", "/proc/sys/debug", "/proc/sys/dev", "/proc/sys/fs", "/proc/sys/kernel", "/proc/sys/user", "/proc/sys/vm",
+			},
+		},
+	}
+	if exists("/proc/sys/net/ipv6") {
+		c.Linux.Sysctl["net.ipv6.conf.all.disable_ipv6"] = "1"
+		c.Linux.Sysctl["net.ipv6.conf.default.disable_ipv6"] = "1"
+	}
+	b.limit(c.Linux.Resources, h)
+	return c
+}
+
+func (b bundle) limit(r *specs.LinuxResources, h host) {
+	if b.cpus > 0 {
+		r.CPU = &specs.LinuxCPU{Quota: ptr(int64(b.cpus) * cpuPeriodMicros), Period: ptr(uint64(cpuPeriodMicros))}
+	}
+	if b.memoryBytes > 0 {
+		r.Memory = &specs.LinuxMemory{Limit: ptr(b.memoryBytes)}
+		if h.cgroupV2 || h.swapLimits {
+			r.Memory.Swap = ptr(b.memoryBytes) // memory and swap together: no swap
+		}
+	}
+}
+
+func (b bundle) mounts() []specs.Mount {
+	tmpfs := func(path, mode, size string) specs.Mount {
+		return specs.Mount{Destination: path, Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "nodev", "mode=" + mode, "size=" + size}}
+	}
+	bind := func(path, src string, options ...string) specs.Mount {
+		return specs.Mount{Destination: path, Type: "bind", Source: src, Options: append([]string{"bind", "rprivate"}, options...)}
+	}
+	mounts := []specs.Mount{
+		{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "noexec", "nodev"}},
+		{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "strictatime", "mode=755", "size=64k"}},
+		{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: []string{"nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"}},
+		{Destination: "/dev/shm", Type: "tmpfs", Source: "shm", Options: []string{"nosuid", "noexec", "nodev", "mode=1777", "size=64m"}},
+		{Destination: "/dev/mqueue", Type: "mqueue", Source: "mqueue", Options: []string{"nosuid", "noexec", "nodev"}},
+		{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"nosuid", "noexec", "nodev", "ro"}},
+		{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup", Options: []string{"nosuid", "noexec", "nodev"}},
+		tmpfs("/run", "755", "64m"),
+		tmpfs("/tmp", "1777", "256m"),
+		tmpfs("/root", "700", "16m"),
+		tmpfs("/var/lib", "755", "16m"),
+		bind("/var/lib/buildkit", b.volume),
+		bind("/run/depot", filepath.Join(b.dir, secretsDir), "nosuid", "nodev", "noexec"),
+		bind(resolvConf, filepath.Join(b.dir, "resolv.conf"), "ro"),
+		bind(CNIConfig, filepath.Join(b.dir, "cni.conflist"), "ro"),
+	}
+	if b.relay != "" {
+		mounts = append(mounts, bind("/run/depot/relay", b.relay, "ro", "nosuid", "nodev", "noexec"))
+	}
+	return mounts
+}
+
+// write puts the configuration where runc looks for it.
+func (b bundle) write(h host) error {
+	c, err := json.Marshal(b.config(h))
+	if err != nil {
+		return fmt.Errorf("bundle: %w", err)
+	}
+	return os.WriteFile(filepath.Join(b.dir, "config.json"), c, 0o600)
+}
+
+// writeSecrets mounts a machine's own tmpfs and fills it.
+func writeSecrets(dir string, files map[string][]byte) error {
+	root := filepath.Join(dir, secretsDir)
+	if err := os.MkdirAll(root, 0o700); err != nil {
+		return fmt.Errorf("machine's files: %w", err)
+	}
+	options := fmt.Sprintf("mode=700,size=%d,nr_inodes=1024", secretsBytes)
+	if err := unix.Mount("depot", root, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, options); err != nil {
+		return fmt.Errorf("machine's files: mount memory at %s: %w", root, err)
+	}
+	for _, sub := range []string{"relay", "state"} {
+		if err := os.Mkdir(filepath.Join(root, sub), 0o700); err != nil {
+			return fmt.Errorf("machine's files: %w", err)
+		}
+	}
+	for name, content := range files {
+		if err := os.WriteFile(filepath.Join(root, name), content, 0o600); err != nil {
+			return fmt.Errorf("machine's files: %w", err)
+		}
+	}
+	return nil
+}
+
+// validate checks what reaches paths and names.
+func validate(spec provider.MachineSpec) error {
+	if err := validID(spec.ID); err != nil {
+		return fmt.Errorf("machine id: %w", err)
+	}
+	if err := validID(spec.Volume); err != nil {
+		return fmt.Errorf("volume id: %w", err)
+	}
+	if spec.Arch != "amd64" && spec.Arch != "arm64" {
+		return fmt.Errorf("architecture %q: %w: want amd64 or arm64", spec.Arch, provider.ErrUnusable)
+	}
+	if spec.CPUs < 0 || spec.MemoryBytes < 0 {
+		return fmt.Errorf("size of %d CPUs and %d bytes: %w: want 0 or more", spec.CPUs, spec.MemoryBytes, provider.ErrUnusable)
+	}
+	for name := range spec.Files {
+		if name != filepath.Base(name) || slices.Contains([]string{"", ".", "..", "/", "relay", "state"}, name) {
+			return fmt.Errorf("file %q: %w: want a plain name, and neither relay nor state", name, provider.ErrUnusable)
+		}
+	}
+	return nil
+}
+
+// validID allows ids as the control plane makes them, a kind and a UUID: they
+// become names of files, containers and cgroups.
+func validID(id string) error {
+	kind, number, _ := strings.Cut(id, "_")
+	if kind == "" || len(kind) > 16 || strings.Trim(kind, lowerCase) != "" || len(number) != 32 || strings.Trim(number, "0123456789abcdef") != "" {
+		return fmt.Errorf("%.60q: %w: want an id such as machine_0190f1c2a3b47c5d8e9f0a1b2c3d4e5f", id, provider.ErrUnusable)
+	}
+	return nil
+}
+
+const lowerCase = "abcdefghijklmnopqrstuvwxyz"
+
+// hostname is the id in letters that host names may have.
+func hostname(id string) string { return strings.ReplaceAll(id, "_", "-") }
+
+// machineCapabilities is what a machine gets, as far as the host has it:
+// containers of its own need most of these; RUN steps get fewer by far.
+func machineCapabilities() []string {
+	return []string{
+		"CAP_AUDIT_WRITE", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_FSETID", "CAP_IPC_LOCK", "CAP_IPC_OWNER",
+		"CAP_KILL", "CAP_LEASE", "CAP_LINUX_IMMUTABLE", "CAP_MKNOD", "CAP_NET_ADMIN", "CAP_NET_BIND_SERVICE", "CAP_NET_BROADCAST", "CAP_NET_RAW",
+		"CAP_SETFCAP", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_ADMIN", "CAP_SYS_CHROOT", "CAP_SYS_NICE", "CAP_SYS_PTRACE",
+		"CAP_SYS_RESOURCE", "CAP_SYS_TTY_CONFIG",
+	}
+}
+
+// held leaves out what is not in the host's mask: sandboxes and nested hosts
+// take CAP_SYS_RESOURCE away, and runc fails if it is to hand on what it does
+// not have. The numbers are those of linux/capability.h.
+func held(mask uint64) []string {
+	const inOrder = "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE NET_BROADCAST " +
+		"NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE " +
+		"SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP"
+	numbers := strings.Fields(inOrder)
+	return slices.DeleteFunc(machineCapabilities(), func(name string) bool {
+		n := slices.Index(numbers, strings.TrimPrefix(name, "CAP_"))
+		return n < 0 || mask&(1<<n) == 0
+	})
+}
+
+// thisHost reads what the host has.
+func thisHost() (host, error) {
+	h := host{cpus: runtime.NumCPU()}
+	meminfo, err := procValue("/proc/meminfo", "MemTotal:")
+	if err != nil {
+		return host{}, err
+	}
+	kib, err := strconv.ParseInt(meminfo, 10, 64)
+	if err != nil {
+		return host{}, fmt.Errorf("read the host's memory: %w", err)
+	}
+	h.memoryBytes = kib << 10
+	bounding, err := procValue("/proc/self/status", "CapBnd:")
+	if err != nil {
+		return host{}, err
+	}
+	mask, err := strconv.ParseUint(bounding, 16, 64)
+	if err != nil {
+		return host{}, fmt.Errorf("read this process's capabilities: %w", err)
+	}
+	h.capabilities = held(mask)
+	var fs unix.Statfs_t
+	if err := unix.Statfs(cgroupRoot, &fs); err != nil {
+		return host{}, fmt.Errorf("look at %s: %w", cgroupRoot, err)
+	}
+	h.cgroupV2 = fs.Type == unix.CGROUP2_SUPER_MAGIC
+	h.swapLimits = exists(filepath.Join(cgroupRoot, "memory/memory.memsw.limit_in_bytes"))
+	return h, nil
+}
+
+// procValue finds the first word after a key in a file of lines.
+func procValue(path, key string) (value string, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		if fields := strings.Fields(lines.Text()); len(fields) > 1 && fields[0] == key {
+			return fields[1], nil
+		}
+	}
+	return "", errors.Join(fmt.Errorf("%s has no %s", path, key), lines.Err())
+}
+
+func device(path string, major, minor int64) specs.LinuxDevice {
+	return specs.LinuxDevice{Path: path, Type: "c", Major: major, Minor: minor, FileMode: ptr(os.FileMode(0o666))}
+}
+
+// allowDevices names the devices of a machine; runc makes all but fuse itself.
+// RUN steps may make nodes of any kind (an image's layer may hold some), but
+// not open them.
+func allowDevices() []specs.LinuxDeviceCgroup {
+	rules := []specs.LinuxDeviceCgroup{
+		{Allow: false, Access: "rwm"},
+		{Allow: true, Type: "c", Access: "m"},
+		{Allow: true, Type: "b", Access: "m"},
+		{Allow: true, Type: "c", Major: ptr(int64(136)), Access: "rwm"}, // pseudo-terminals
+	}
+	for _, n := range [][2]int64{{1, 3}, {1, 5}, {1, 7}, {1, 8}, {1, 9}, {5, 0}, {5, 1}, {5, 2}, {10, 229}} {
+		rules = append(rules, specs.LinuxDeviceCgroup{Allow: true, Type: "c", Major: ptr(n[0]), Minor: ptr(n[1]), Access: "rwm"})
+	}
+	return rules
+}
+
+func ptr[T any](v T) *T { return &v }
