@@ -80,7 +80,7 @@ func (x *tx) PutPools(ctx context.Context, agent string, all []controlplane.Pool
 	for _, p := range all {
 		p.Agent = agent
 		err := pools().put(ctx, x, &p)
-		if x.dialect.violation(err) == violatesReference {
+		if x.violation(err) == violatesReference {
 			return x.refuse(err, controlplane.NotFound, "agent %q does not exist", agent)
 		}
 		if err != nil {

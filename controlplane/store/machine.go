@@ -64,7 +64,7 @@ func (x *tx) Machine(ctx context.Context, id string) (controlplane.Machine, erro
 
 func (x *tx) PutMachine(ctx context.Context, m controlplane.Machine) error {
 	err := machines().put(ctx, x, &m)
-	if x.dialect.violation(err) == violatesUnique {
+	if x.violation(err) == violatesUnique {
 		return x.refuse(err, controlplane.Precondition,
 			"volume %s cannot be given to machine %s: another machine still holds it, until its agent reports that one gone", m.Volume, m.ID)
 	}

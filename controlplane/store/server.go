@@ -2,7 +2,6 @@ package store
 
 import (
 	"context"
-	"errors"
 
 	"github.com/opendepot/depot/controlplane"
 )
@@ -64,7 +63,7 @@ func (x *tx) Organizations(ctx context.Context) ([]controlplane.Organization, er
 
 func (x *tx) PutOrganization(ctx context.Context, o controlplane.Organization) error {
 	err := organizations().put(ctx, x, &o)
-	if x.dialect.violation(err) == violatesUnique {
+	if x.violation(err) == violatesUnique {
 		return x.refuse(err, controlplane.Exists, "organization %q exists already: choose another name", o.Name)
 	}
 	return err
@@ -87,6 +86,7 @@ func projects() table[controlplane.Project] {
 				{"entitlements", list{&p.Entitlements}},
 				{"certificate", &p.Authority.Certificate},
 				{"sealed_key", &p.Authority.SealedKey},
+				{"request", optional{&p.Request}},
 				{"created", instant{&p.Created}},
 			}
 		},
@@ -110,7 +110,7 @@ func (x *tx) Projects(ctx context.Context, org string) ([]controlplane.Project, 
 
 func (x *tx) PutProject(ctx context.Context, p controlplane.Project) error {
 	err := projects().put(ctx, x, &p)
-	switch x.dialect.violation(err) {
+	switch x.violation(err) {
 	case violatesUnique:
 		return x.refuse(err, controlplane.Exists, "project %q exists already in this organization: choose another name", p.Name)
 	case violatesReference:
@@ -159,7 +159,7 @@ func (x *tx) Tokens(ctx context.Context, project string) ([]controlplane.Token, 
 
 func (x *tx) PutToken(ctx context.Context, t controlplane.Token) error {
 	err := tokens().put(ctx, x, &t)
-	if x.dialect.violation(err) == violatesReference {
+	if x.violation(err) == violatesReference {
 		return x.refuse(err, controlplane.NotFound, "project %q does not exist", t.Project)
 	}
 	return err
@@ -167,15 +167,4 @@ func (x *tx) PutToken(ctx context.Context, t controlplane.Token) error {
 
 func (x *tx) DeleteToken(ctx context.Context, id string) error {
 	return tokens().remove(ctx, x, id)
-}
-
-// refuse gives a statement's error a code and words for people; the
-// transaction ends with that.
-func (x *tx) refuse(cause error, code controlplane.Code, format string, args ...any) error {
-	err := controlplane.Errorf(code, format, args...)
-	if e, ok := errors.AsType[*controlplane.Error](err); ok {
-		e.Err = cause
-	}
-	x.failed = err
-	return err
 }

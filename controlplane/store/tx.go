@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"fmt"
 
 	"github.com/opendepot/depot/controlplane"
 )
@@ -106,4 +107,20 @@ func (x *tx) rows(ctx context.Context, query string, args []any, each func(scan 
 		return x.fail(err)
 	}
 	return nil
+}
+
+// violation says which rule of the schema the statement broke that err comes
+// from: none, if err tells of an earlier statement's refusal.
+func (x *tx) violation(err error) violation {
+	if controlplane.CodeOf(err) != controlplane.Internal {
+		return violatesNothing
+	}
+	return x.dialect.violation(err)
+}
+
+// refuse gives a statement's error a code and words for people; the
+// transaction ends with that.
+func (x *tx) refuse(cause error, code controlplane.Code, format string, args ...any) error {
+	x.failed = &controlplane.Error{Code: code, Message: fmt.Sprintf(format, args...), Err: cause}
+	return x.failed
 }

@@ -72,7 +72,7 @@ func (x *tx) Generations(ctx context.Context, volume string) ([]controlplane.Gen
 
 func (x *tx) PutGeneration(ctx context.Context, g controlplane.Generation) error {
 	err := generations().put(ctx, x, &g)
-	if x.dialect.violation(err) == violatesReference {
+	if x.violation(err) == violatesReference {
 		return x.refuse(err, controlplane.NotFound, "volume %q does not exist", g.Volume)
 	}
 	return err

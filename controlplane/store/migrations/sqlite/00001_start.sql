@@ -43,6 +43,7 @@ CREATE TABLE projects (
     entitlements           TEXT    NOT NULL,
     certificate            BLOB,
     sealed_key             BLOB,
+    request                TEXT,
     created                INTEGER,
     UNIQUE (org, name)
 ) STRICT;
