@@ -172,20 +172,20 @@ func (m *machines) find(t *testing.T, id string) *provider.Instance {
 	return nil
 }
 
-// exit waits for the machine's end and returns how it ended.
-func (m *machines) exit(t *testing.T, id string) provider.Exit {
+// exit waits for the end of machineA and returns how it ended.
+func (m *machines) exit(t *testing.T) provider.Exit {
 	t.Helper()
 	var exit provider.Exit
-	eventually(t, "machine "+id+" is listed as exited", func() bool {
-		instance := m.find(t, id)
+	eventually(t, "machine "+machineA+" is listed as exited", func() bool {
+		instance := m.find(t, machineA)
 		if instance == nil {
-			t.Fatalf("machine %s is no longer listed, and nobody destroyed it", id)
+			t.Fatalf("machine %s is no longer listed, and nobody destroyed it", machineA)
 		}
 		if instance.State != provider.Exited {
 			return false
 		}
 		if instance.Exit == nil {
-			t.Fatalf("machine %s exited without saying how", id)
+			t.Fatalf("machine %s exited without saying how", machineA)
 		}
 		exit = *instance.Exit
 		return true
@@ -193,13 +193,14 @@ func (m *machines) exit(t *testing.T, id string) provider.Exit {
 	return exit
 }
 
-func (m *machines) volume(t *testing.T, id string) provider.Volume {
+// volume returns volumeA as it is listed.
+func (m *machines) volume(t *testing.T) provider.Volume {
 	t.Helper()
 	all, err := m.Volumes.List(t.Context())
 	must(t, err)
-	i := slices.IndexFunc(all, func(v provider.Volume) bool { return v.ID == id })
+	i := slices.IndexFunc(all, func(v provider.Volume) bool { return v.ID == volumeA })
 	if i < 0 {
-		t.Fatalf("volume %s is gone", id)
+		t.Fatalf("volume %s is gone", volumeA)
 	}
 	return all[i]
 }
@@ -272,7 +273,7 @@ func launchSurroundings(t *testing.T, m *machines) {
 	if got := ask(t, instance, request{Do: "read", Path: "/etc/resolv.conf"}).Text; !strings.Contains(got, "nameserver") || strings.Contains(got, "127.0.0.53") {
 		t.Errorf("resolv.conf holds %q, want name servers that can be reached", got)
 	}
-	v := m.volume(t, volumeA)
+	v := m.volume(t)
 	v.Labels = nil
 	if diff := cmp.Diff(provider.Volume{ID: volumeA, WriterEpoch: 3, Writer: machineA, Busy: true}, v); diff != "" {
 		t.Errorf("its volume (-want +got):\n%s", diff)
@@ -291,7 +292,7 @@ func launchIdempotent(t *testing.T, m *machines) {
 		t.Error("a repeated launch started the machine anew")
 	}
 	must(t, m.Stop(t.Context(), machineA))
-	m.exit(t, machineA)
+	m.exit(t)
 	if ended := m.launch(t, spec); ended.State != provider.Exited {
 		t.Errorf("a launch of a machine that ended: %s, want it as it is", ended.State)
 	}
@@ -380,7 +381,7 @@ func machinesOneWriter(t *testing.T, m *machines) {
 	wantErr(t, "delete of a volume in use", m.Volumes.Delete(t.Context(), volumeA), provider.ErrVolumeBusy)
 	ask(t, first, request{Do: "about"})
 	must(t, m.Stop(t.Context(), machineA))
-	m.exit(t, machineA)
+	m.exit(t)
 	// The machine ended: its volume is free although nobody destroyed it yet.
 	after := m.launch(t, second)
 	if got := ask(t, after, request{Do: "read", Path: "/var/lib/buildkit/file"}).Text; got != "of A" {
@@ -403,15 +404,15 @@ func machinesStaleWriter(t *testing.T, m *machines) {
 func stopClean(t *testing.T, m *machines) {
 	m.launch(t, m.spec(t, machineA, volumeA, 1))
 	must(t, m.Stop(t.Context(), machineA))
-	if exit := m.exit(t, machineA); !exit.Clean {
+	if exit := m.exit(t); !exit.Clean {
 		t.Errorf("a stopped machine ended %+v, want clean", exit)
 	}
-	if v := m.volume(t, volumeA); v.Busy || v.Writer != machineA {
+	if v := m.volume(t); v.Busy || v.Writer != machineA {
 		t.Errorf("its volume: %+v, want it free", v)
 	}
 	must(t, m.Stop(t.Context(), machineA)) // it is there, and it has ended
 	m.reopen(t)
-	if exit := m.exit(t, machineA); !exit.Clean {
+	if exit := m.exit(t); !exit.Clean {
 		t.Errorf("the next agent says that it ended %+v, want clean", exit)
 	}
 	must(t, m.Destroy(t.Context(), machineA))
@@ -423,10 +424,10 @@ func stopClean(t *testing.T, m *machines) {
 func crashUnclean(t *testing.T, m *machines) {
 	instance := m.launch(t, m.spec(t, machineA, volumeA, 1))
 	_, _ = tryAsk(t, instance, request{Do: "crash"}) // ends the connection without an answer
-	if exit := m.exit(t, machineA); exit.Clean || exit.Reason == "" {
+	if exit := m.exit(t); exit.Clean || exit.Reason == "" {
 		t.Errorf("a crashed machine ended %+v, want unclean with a reason", exit)
 	}
-	if m.volume(t, volumeA).Busy {
+	if m.volume(t).Busy {
 		t.Error("the volume of a crashed machine is busy")
 	}
 }
@@ -455,7 +456,7 @@ func outliveAgent(t *testing.T, m *machines) {
 		}
 	}
 	must(t, m.Stop(t.Context(), machineA))
-	if exit := m.exit(t, machineA); !exit.Clean {
+	if exit := m.exit(t); !exit.Clean {
 		t.Errorf("stopped by the next agent it ended %+v", exit)
 	}
 }
@@ -465,7 +466,7 @@ func endWithoutAgent(t *testing.T, m *machines) {
 	must(t, m.Close())
 	_, _ = tryAsk(t, instance, request{Do: "crash"})
 	m.Machines = m.harness.Open(t, m.dir, m.pid1)
-	if exit := m.exit(t, machineA); exit.Clean {
+	if exit := m.exit(t); exit.Clean {
 		t.Error("a crash without an agent is called clean")
 	}
 	must(t, m.Destroy(t.Context(), machineA))
@@ -492,7 +493,7 @@ func destroyStubborn(t *testing.T, m *machines) {
 	if diff := cmp.Diff(m.before, m.harness.Leftovers(t, m.dir)); diff != "" {
 		t.Errorf("left behind (-before +after):\n%s", diff)
 	}
-	if v := m.volume(t, volumeA); v.Busy {
+	if v := m.volume(t); v.Busy {
 		t.Error("the volume of a destroyed machine is busy")
 	}
 }

@@ -122,7 +122,7 @@ func (m *machine) do(r request, a *answer) error {
 		return os.WriteFile(r.Path, []byte(r.Text), 0o600)
 	case "linger":
 		// A process of a build step that outlives its step.
-		child := exec.Command("/proc/self/exe", "linger")
+		child := exec.Command("/proc/self/exe", "linger") //nolint:noctx // it is to outlive everything but the machine
 		child.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 		return child.Start()
 	case "stubborn":
