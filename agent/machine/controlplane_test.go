@@ -37,24 +37,24 @@ type authority struct {
 	key  *ecdsa.PrivateKey
 }
 
-func newAuthority(t testing.TB) *authority {
-	t.Helper()
+func newAuthority(tb testing.TB) *authority {
+	tb.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: t.Name()},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: tb.Name()},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(10 * 24 * time.Hour),
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	cert, err := x509.ParseCertificate(der)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return &authority{cert: cert, key: key}
 }
@@ -86,28 +86,28 @@ func named(n mtls.LeafName) func(*x509.Certificate) {
 }
 
 // identity makes a key and a certificate for it.
-func (a *authority) identity(t testing.TB, change ...func(*x509.Certificate)) *mtls.Identity {
-	t.Helper()
+func (a *authority) identity(tb testing.TB, change ...func(*x509.Certificate)) *mtls.Identity {
+	tb.Helper()
 	key, err := mtls.NewKey()
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	leaf, err := a.sign(key.Public(), change...)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	id, err := mtls.NewIdentity(key, [][]byte{leaf, a.cert.Raw})
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return id
 }
 
-func (a *authority) anchors(t testing.TB) *mtls.Anchors {
-	t.Helper()
+func (a *authority) anchors(tb testing.TB) *mtls.Anchors {
+	tb.Helper()
 	anchors, err := mtls.NewAnchors([][]byte{a.cert.Raw})
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return anchors
 }
@@ -134,40 +134,52 @@ type controlPlane struct {
 	http      *http.Server
 }
 
-func newControlPlane(t testing.TB, runDir string) *controlPlane {
-	t.Helper()
-	c := &controlPlane{
+// newControlPlane makes one that listens on the relay's socket in runDir.
+func newControlPlane(tb testing.TB, runDir string) *controlPlane {
+	tb.Helper()
+	c := makeControlPlane(tb, runDir)
+	if err := os.MkdirAll(filepath.Dir(c.listen), 0o700); err != nil {
+		tb.Fatal(err)
+	}
+	c.start(tb)
+	tb.Cleanup(func() { c.stop() })
+	return c
+}
+
+// makeControlPlane makes one that does not listen yet.
+func makeControlPlane(tb testing.TB, runDir string) *controlPlane {
+	tb.Helper()
+	return &controlPlane{
 		id:        testID("srv", "1"),
-		project:   newAuthority(t),
-		agents:    newAuthority(t),
-		server:    newAuthority(t),
+		project:   newAuthority(tb),
+		agents:    newAuthority(tb),
+		server:    newAuthority(tb),
 		life:      time.Hour,
 		listen:    filepath.Join(runDir, "relay", "controlplane.sock"),
 		changed:   make(chan struct{}),
 		directive: &depotv1.SyncMachineResponse{Revision: 1},
 		settings:  &depotv1.BuildkitSettings{Arch: "amd64", Platforms: []string{"linux/amd64"}, CacheKeepSeconds: 3600, CacheBytes: 10 << 30},
 	}
-	if err := os.MkdirAll(filepath.Dir(c.listen), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	c.start(t)
-	t.Cleanup(func() { c.stop() })
-	return c
 }
 
-func (c *controlPlane) start(t testing.TB) {
-	t.Helper()
+func (c *controlPlane) start(tb testing.TB) {
+	tb.Helper()
 	listener, err := net.Listen("unix", c.listen) //nolint:noctx // at once
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
+	c.serve(tb, listener)
+}
+
+func (c *controlPlane) serve(tb testing.TB, listener net.Listener) {
+	tb.Helper()
 	mux := http.NewServeMux()
 	mux.Handle(depotv1connect.NewMachineServiceHandler(c))
 	c.http = &http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: time.Minute,
 		TLSConfig: mtls.Server{
-			Identity: c.server.identity(t, forServer(client.PinnedName)), Anchors: c.agents.anchors(t),
+			Identity: c.server.identity(tb, forServer(client.PinnedName), func(l *x509.Certificate) { l.NotAfter = time.Now().Add(9 * 24 * time.Hour) }), Anchors: c.agents.anchors(tb),
 			Optional: true, NextProtos: []string{"h2"},
 		}.Config(),
 	}
@@ -273,9 +285,9 @@ func (c *controlPlane) direct(d *depotv1.SyncMachineResponse) {
 }
 
 // await waits until the latest report is as wanted.
-func (c *controlPlane) await(t testing.TB, what string, ok func(*depotv1.SyncMachineRequest) bool) *depotv1.SyncMachineRequest {
-	t.Helper()
-	return c.awaitAny(t, what, func() *depotv1.SyncMachineRequest {
+func (c *controlPlane) await(tb testing.TB, what string, ok func(*depotv1.SyncMachineRequest) bool) *depotv1.SyncMachineRequest {
+	tb.Helper()
+	return c.awaitAny(tb, what, func() *depotv1.SyncMachineRequest {
 		if n := len(c.reports); n > 0 && ok(c.reports[n-1]) {
 			return c.reports[n-1]
 		}
@@ -284,8 +296,8 @@ func (c *controlPlane) await(t testing.TB, what string, ok func(*depotv1.SyncMac
 }
 
 // awaitAny waits until get, called with mu held, returns something.
-func (c *controlPlane) awaitAny(t testing.TB, what string, get func() *depotv1.SyncMachineRequest) *depotv1.SyncMachineRequest {
-	t.Helper()
+func (c *controlPlane) awaitAny(tb testing.TB, what string, get func() *depotv1.SyncMachineRequest) *depotv1.SyncMachineRequest {
+	tb.Helper()
 	timeout := time.After(30 * time.Second)
 	for {
 		c.mu.Lock()
@@ -303,7 +315,7 @@ func (c *controlPlane) awaitAny(t testing.TB, what string, get func() *depotv1.S
 			if n := len(c.reports); n > 0 {
 				last = c.reports[n-1]
 			}
-			t.Fatalf("not within 30 s: %s; %d reports, the last %v", what, len(c.reports), last)
+			tb.Fatalf("not within 30 s: %s; %d reports, the last %v", what, len(c.reports), last)
 		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,9 +19,12 @@ import (
 	depotv1 "github.com/opendepot/depot/controlplane/api/depot/v1"
 )
 
-// readyPoll is how often buildkitd is asked whether it is ready: it takes
-// about 100 ms to be.
-const readyPoll = 10 * time.Millisecond
+// buildkitd takes about 100 ms to be ready, and is asked every readyPoll; one
+// question is given up after probeTimeout.
+const (
+	readyPoll    = 5 * time.Millisecond
+	probeTimeout = 5 * time.Second
+)
 
 // daemon is a running buildkitd.
 type daemon struct {
@@ -31,8 +35,9 @@ type daemon struct {
 }
 
 // startDaemon prepares buildkitd's surroundings and starts it.
-func startDaemon(ctx context.Context, c Config, s *depotv1.BuildkitSettings, kids *reaper, log *slog.Logger) (*daemon, error) {
-	if err := sweep(c.Paths, log); err != nil {
+func (m *machine) startDaemon(ctx context.Context, s *depotv1.BuildkitSettings) (*daemon, error) {
+	c := m.config
+	if err := sweep(c.Paths, m.log); err != nil {
 		return nil, err
 	}
 	settings, err := daemonSettings(c, s)
@@ -45,14 +50,14 @@ func startDaemon(ctx context.Context, c Config, s *depotv1.BuildkitSettings, kid
 	if err := os.WriteFile(c.Paths.settings(), settings, 0o600); err != nil {
 		return nil, fmt.Errorf("start buildkitd: %w", err)
 	}
-	d := &daemon{done: make(chan struct{}), tail: &tail{out: os.Stderr}}
+	d := &daemon{done: make(chan struct{}), tail: &tail{out: m.output}}
 	// buildkitd is never ended by a context: only in order, or by force after
 	// a deadline; see stop.
 	d.cmd = exec.CommandContext(context.WithoutCancel(ctx), c.Paths.Buildkitd, "--config", c.Paths.settings()) //nolint:gosec // the image's own program
 	d.cmd.Env = daemonEnv(os.Environ())
 	d.cmd.Stdout, d.cmd.Stderr = d.tail, d.tail
 	d.cmd.WaitDelay = time.Second // for what it started and left behind
-	if err := kids.start(d.cmd); err != nil {
+	if err := m.kids.start(d.cmd); err != nil {
 		return nil, fmt.Errorf("start buildkitd: %w", err)
 	}
 	go func() { // ends with the process, which stop or Run waits for
@@ -76,13 +81,8 @@ func daemonEnv(env []string) []string {
 // awaitReady returns buildkitd's version once it lists its workers: its socket
 // accepts before its controller is up, so that nothing less is proof.
 func (d *daemon) awaitReady(ctx context.Context, socket string) (version string, err error) {
-	c, err := client.New(ctx, "unix://"+socket)
-	if err != nil {
-		return "", fmt.Errorf("await buildkitd: %w", err)
-	}
-	defer c.Close() //nolint:errcheck // nothing is under way
 	for {
-		version, err = probe(ctx, c)
+		version, err = probe(ctx, socket)
 		if err == nil {
 			return version, nil
 		}
@@ -96,9 +96,21 @@ func (d *daemon) awaitReady(ctx context.Context, socket string) (version string,
 	}
 }
 
-func probe(ctx context.Context, c *client.Client) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+func probe(ctx context.Context, socket string) (string, error) {
+	// Each probe has a client of its own, and none before the socket is there:
+	// one that met no listener would wait a second before it tries again.
+	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
+	if err != nil {
+		return "", err
+	}
+	_ = conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
+	c, err := client.New(ctx, "unix://"+socket)
+	if err != nil {
+		return "", err
+	}
+	defer c.Close() //nolint:errcheck // nothing is under way
 	workers, err := c.ListWorkers(ctx)
 	if err != nil {
 		return "", err

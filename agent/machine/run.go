@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -20,11 +21,14 @@ import (
 type Surroundings struct {
 	// Listener is the socket for clients; see [Inherited]. Run closes it.
 	Listener net.Listener
-	// Terminate carries the signals that ask the machine to end: the first
-	// drains it, a second does not wait for builds.
+	// Terminate carries the signals that ask the machine to end. TERM drains
+	// it, however often it comes (a provider may repeat it); INT does not wait
+	// for builds.
 	Terminate <-chan os.Signal
 	// Log is where state changes go.
 	Log *slog.Logger
+	// Output is where buildkitd's log goes.
+	Output io.Writer
 }
 
 // Inherited returns the listening socket that was handed over as descriptor 3
@@ -72,6 +76,7 @@ func Run(ctx context.Context, c Config, s Surroundings) error {
 		leases:  newLeases(c.MachineID, c.ServerID, changed.ring),
 		changed: changed,
 		kids:    &reaper{},
+		output:  s.Output,
 	}
 	m.front = newFront(s.Listener, &session.server, &session.anchors, m.leases, c.Paths.socket(), log)
 	m.reporter = &reporter{session: session, status: m.status, leases: m.leases, changed: changed, log: log}
@@ -88,6 +93,7 @@ type machine struct {
 	kids     *reaper
 	front    *front
 	reporter *reporter
+	output   io.Writer // buildkitd's log
 }
 
 // run owns the machine's goroutines: all have ended when it returns.
@@ -139,15 +145,15 @@ func (m *machine) run(ctx context.Context, terminate <-chan os.Signal) error {
 
 // obey turns signals, and the end of ctx, into orders to drain.
 func (m *machine) obey(ctx, background context.Context, terminate <-chan os.Signal) {
-	for n := 0; ; n++ {
+	for {
 		select {
 		case <-background.Done():
 			return
 		case <-ctx.Done():
 			m.status.drain("its process was cancelled", true)
 			return
-		case <-terminate:
-			m.status.drain("its agent asked for it", n > 0)
+		case signal := <-terminate:
+			m.status.drain("its agent asked for it", signal == unix.SIGINT)
 		}
 	}
 }
@@ -160,8 +166,11 @@ func (m *machine) live(ctx context.Context, registered func()) error {
 	if err != nil {
 		return fmt.Errorf("%w; buildkitd was never started", err)
 	}
+	if arch := settings.GetArch(); arch != m.config.Arch {
+		return fmt.Errorf("the control plane ordered a machine for %q, but this one was launched for %q: check the agent's pool; buildkitd was never started", arch, m.config.Arch)
+	}
 	registered()
-	d, err := startDaemon(ctx, m.config, settings, m.kids, m.log)
+	d, err := m.startDaemon(ctx, settings)
 	if err != nil {
 		return err
 	}

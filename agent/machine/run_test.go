@@ -24,11 +24,11 @@ import (
 )
 
 // program returns a program's path; tests run the real ones.
-func program(t testing.TB, name string) string {
-	t.Helper()
+func program(tb testing.TB, name string) string {
+	tb.Helper()
 	path, err := exec.LookPath(name)
 	if err != nil {
-		t.Fatalf("%s is not on PATH: build it (make build) and put its directory there", name)
+		tb.Fatalf("%s is not on PATH: build it (make build) and put its directory there", name)
 	}
 	return path
 }
@@ -44,13 +44,13 @@ type bench struct {
 }
 
 // prepare makes the surroundings of a machine and starts nothing.
-func prepare(t testing.TB) *bench {
-	t.Helper()
-	dir := t.TempDir()
+func prepare(tb testing.TB) *bench {
+	tb.Helper()
+	dir := tb.TempDir()
 	run := filepath.Join(dir, "run")
-	c := newControlPlane(t, run)
+	c := newControlPlane(tb, run)
 	if err := os.WriteFile(filepath.Join(run, "join-token"), []byte("join\n"), 0o600); err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return &bench{
 		controlPlane: c,
@@ -59,7 +59,7 @@ func prepare(t testing.TB) *bench {
 			ControlPlane: ControlPlane{URL: "https://controlplane.test", Pin: mtls.PinOf(c.server.cert)},
 			Paths: Paths{
 				Run: run, Root: filepath.Join(dir, "root"), Work: filepath.Join(dir, "work"),
-				Buildkitd: program(t, "buildkitd"), Runc: program(t, "buildkit-runc"), CNIConfig: "host",
+				Buildkitd: program(tb, "buildkitd"), Runc: program(tb, "buildkit-runc"), CNIConfig: "host",
 			},
 		},
 		terminate: make(chan os.Signal, 2),
@@ -68,57 +68,57 @@ func prepare(t testing.TB) *bench {
 }
 
 // start runs the machine in this process; the test's end ends it.
-func (b *bench) start(t testing.TB) {
-	t.Helper()
+func (b *bench) start(tb testing.TB) {
+	tb.Helper()
 	if err := os.MkdirAll(b.config.Paths.Root, 0o700); err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	listener, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // at once
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	b.address = listener.Addr().String()
-	ctx, cancel := context.WithCancel(context.Background()) //nolint:usetesting // ended by cleanup, in order
+	ctx, cancel := context.WithCancel(context.Background())
 	b.cancel = cancel
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		b.result <- Run(ctx, b.config, Surroundings{Listener: listener, Terminate: b.terminate, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+		b.result <- Run(ctx, b.config, Surroundings{Listener: listener, Terminate: b.terminate, Log: slog.New(slog.NewTextHandler(tb.Output(), nil)), Output: tb.Output()})
 	}()
-	t.Cleanup(func() {
+	tb.Cleanup(func() {
 		cancel()
 		<-done
 	})
 }
 
-func (b *bench) ready(t testing.TB) {
-	t.Helper()
-	b.controlPlane.await(t, "ready", func(r *depotv1.SyncMachineRequest) bool {
+func (b *bench) ready(tb testing.TB) {
+	tb.Helper()
+	b.controlPlane.await(tb, "ready", func(r *depotv1.SyncMachineRequest) bool {
 		return r.GetState() == depotv1.MachineState_MACHINE_STATE_READY
 	})
 }
 
 // ended waits for the machine's end and returns what it left behind.
-func (b *bench) ended(t testing.TB) (provider.Exit, error) {
-	t.Helper()
+func (b *bench) ended(tb testing.TB) (provider.Exit, error) {
+	tb.Helper()
 	var err error
 	select {
 	case err = <-b.result:
 	case <-time.After(30 * time.Second):
-		t.Fatal("the machine did not end within 30 s")
+		tb.Fatal("the machine did not end within 30 s")
 	}
-	return readExit(t, b.config.Paths), err
+	return readExit(tb, b.config.Paths), err
 }
 
-func readExit(t testing.TB, p Paths) provider.Exit {
-	t.Helper()
+func readExit(tb testing.TB, p Paths) provider.Exit {
+	tb.Helper()
 	data, err := os.ReadFile(p.exit())
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	var e provider.Exit
 	if err := json.Unmarshal(data, &e); err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return e
 }
@@ -128,28 +128,38 @@ func (b *bench) leafName(lease string) mtls.LeafName {
 }
 
 // tls is the configuration of a client with a lease.
-func (b *bench) tls(t testing.TB, lease string) *tls.Config {
-	t.Helper()
+func (b *bench) tls(tb testing.TB, lease string) *tls.Config {
+	tb.Helper()
 	return mtls.Client{
-		Identity:   b.controlPlane.project.identity(t, forClient, named(b.leafName(lease))),
-		Anchors:    b.controlPlane.project.anchors(t),
+		Identity:   b.controlPlane.project.identity(tb, forClient, named(b.leafName(lease))),
+		Anchors:    b.controlPlane.project.anchors(tb),
 		ServerName: machineName, NextProtos: []string{"h2"},
 	}.Config()
 }
 
+// dial makes a bare connection to the front.
+func (b *bench) dial(tb testing.TB, config *tls.Config) (*tls.Conn, error) {
+	tb.Helper()
+	conn, err := (&tls.Dialer{Config: config}).DialContext(tb.Context(), "tcp", b.address)
+	if err != nil {
+		return nil, err
+	}
+	return conn.(*tls.Conn), nil //nolint:errcheck,forcetypeassert // as documented
+}
+
 // client is a BuildKit client through the front.
-func (b *bench) client(t testing.TB, lease string) *bkclient.Client {
-	t.Helper()
-	config := b.tls(t, lease)
-	c, err := bkclient.New(t.Context(), "tcp://"+b.address,
+func (b *bench) client(tb testing.TB, lease string) *bkclient.Client {
+	tb.Helper()
+	config := b.tls(tb, lease)
+	c, err := bkclient.New(tb.Context(), "tcp://"+b.address,
 		bkclient.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 			return (&tls.Dialer{Config: config}).DialContext(ctx, "tcp", b.address)
 		}),
 		bkclient.WithGRPCDialOption(grpc.WithTransportCredentials(insecure.NewCredentials())))
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
-	t.Cleanup(func() { _ = c.Close() })
+	tb.Cleanup(func() { _ = c.Close() })
 	return c
 }
 
@@ -161,9 +171,9 @@ func open(r *depotv1.SyncMachineRequest) map[string][2]int64 {
 	return out
 }
 
-func awaitOpen(t testing.TB, b *bench, want map[string][2]int64) {
-	t.Helper()
-	b.controlPlane.await(t, "connections", func(r *depotv1.SyncMachineRequest) bool { return cmp.Equal(want, open(r)) })
+func awaitOpen(tb testing.TB, b *bench, want map[string][2]int64) {
+	tb.Helper()
+	b.controlPlane.await(tb, "connections", func(r *depotv1.SyncMachineRequest) bool { return cmp.Equal(want, open(r)) })
 }
 
 func TestMachineLife(t *testing.T) {
@@ -198,7 +208,7 @@ func TestMachineLife(t *testing.T) {
 	if _, err := first.ListWorkers(t.Context()); err != nil {
 		t.Errorf("while draining, for a client that was connected: %v", err)
 	}
-	if conn, err := tls.Dial("tcp", b.address, b.tls(t, two)); err == nil {
+	if conn, err := b.dial(t, b.tls(t, two)); err == nil {
 		_ = conn.Close()
 		t.Error("a client was let in while draining")
 	}
@@ -226,10 +236,11 @@ func TestTerminate(t *testing.T) {
 	b.controlPlane.await(t, "draining", func(r *depotv1.SyncMachineRequest) bool {
 		return r.GetState() == depotv1.MachineState_MACHINE_STATE_DRAINING
 	})
-	if _, err := c.ListWorkers(t.Context()); err != nil {
-		t.Errorf("the first signal cut a connection: %v", err)
-	}
 	b.terminate <- unix.SIGTERM
+	if _, err := c.ListWorkers(t.Context()); err != nil {
+		t.Errorf("TERM cut a connection: %v", err)
+	}
+	b.terminate <- unix.SIGINT
 	exit, err := b.ended(t)
 	if err != nil || !exit.Clean {
 		t.Errorf("ended with %+v, %v", exit, err)

@@ -16,7 +16,6 @@ import (
 	"connectrpc.com/connect"
 
 	depotv1 "github.com/opendepot/depot/controlplane/api/depot/v1"
-	"github.com/opendepot/depot/controlplane/api/depot/v1/depotv1connect"
 	"github.com/opendepot/depot/controlplane/client"
 	"github.com/opendepot/depot/internal/mtls"
 )
@@ -90,10 +89,10 @@ func (s *session) reconnect() error {
 	return nil
 }
 
-func (s *session) calls() depotv1connect.MachineServiceClient {
+func (s *session) calls() *client.Client {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.client.Machine
+	return s.client
 }
 
 // id returns the control plane's id, once it is known.
@@ -136,7 +135,7 @@ func (s *session) register(ctx context.Context) (*depotv1.BuildkitSettings, erro
 	}
 	var resp *depotv1.RegisterResponse
 	err = repeat(ctx, s.log, "register", func(ctx context.Context) (err error) {
-		resp, err = s.calls().Register(ctx, req)
+		resp, err = s.calls().Machine.Register(ctx, req)
 		return err
 	})
 	if err != nil {
@@ -209,7 +208,7 @@ func (s *session) renewOnce(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	resp, err := s.calls().RenewMachine(ctx, &depotv1.RenewMachineRequest{MachineId: s.config.MachineID, Csr: csr})
+	resp, err := s.calls().Machine.RenewMachine(ctx, &depotv1.RenewMachineRequest{MachineId: s.config.MachineID, Csr: csr})
 	if err != nil {
 		return err
 	}

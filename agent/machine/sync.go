@@ -67,7 +67,7 @@ func (r *reporter) step(ctx context.Context) error {
 			cut()
 		}
 	}()
-	resp, err := r.session.calls().SyncMachine(call, r.report(r.revision))
+	resp, err := r.session.calls().Machine.SyncMachine(call, r.report(r.revision))
 	cut()
 	<-watching
 	switch {
@@ -135,7 +135,7 @@ func (r *reporter) checkCutOff(ctx context.Context, now time.Time) {
 func (r *reporter) last(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastReport)
 	defer cancel()
-	if _, err := r.session.calls().SyncMachine(ctx, r.report(0)); err != nil && !errors.Is(err, context.Canceled) {
+	if _, err := r.session.calls().Machine.SyncMachine(ctx, r.report(0)); err != nil && !errors.Is(err, context.Canceled) {
 		r.log.WarnContext(ctx, "report the end", "err", err)
 	}
 }
