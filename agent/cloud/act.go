@@ -29,14 +29,16 @@ func (l *loop) stepMachine(ctx context.Context, now time.Time, m *machine) time.
 	case launch:
 		return l.launch(ctx, now, m)
 	case stop:
-		m.stopped = now
 		host := m.host.provider
 		l.act(ctx, a, m, func(ctx context.Context) error {
+			if err := l.state.note(m.id, stopping); err != nil {
+				return err
+			}
 			if err := host.Stop(ctx, m.id); !errors.Is(err, provider.ErrNotFound) {
 				return err
 			}
 			return nil // it is gone, as wanted
-		}, nil)
+		}, func() { l.noted(m, stopping) })
 	case commit:
 		store, volume, generation := m.host.volumes, m.seen.Volume, m.seen.Labels[labelGeneration]
 		var made provider.Generation

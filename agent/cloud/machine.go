@@ -34,13 +34,9 @@ const (
 	deleteGeneration act = "delete_generation"
 )
 
-const (
-	// stopAgain is how long a machine has to obey a stop before it is told again.
-	stopAgain = 5 * time.Minute
-	// commitTries is how often a commit is tried before the end of the machine is
-	// reported without a generation: a cold build is better than none at all.
-	commitTries = 6
-)
+// commitTries is how often a commit is tried before the end of the machine is
+// reported without a generation: a cold build is better than none at all.
+const commitTries = 6
 
 // attempts is the memory of failures of one kind of act on one object.
 type attempts struct {
@@ -70,7 +66,6 @@ type machine struct {
 	settled   uint64   // listings up to this number began before the last act ended
 	try       attempts // of launch and destroy
 	commits   attempts
-	stopped   time.Time // when it was told to
 	destroyed bool      // by this process: no trace is left
 }
 
@@ -81,20 +76,16 @@ func (m *machine) decide(now time.Time, vol *provider.Volume, foreign bool) (act
 	if foreign || m.doing != none {
 		return none, time.Time{}
 	}
-	a := m.wanted(now, vol)
+	a := m.wanted(vol)
 	var after time.Time
 	switch a {
-	case launch, destroy, bury:
+	case launch, stop, destroy, bury:
 		if m.try.final {
 			return none, time.Time{}
 		}
 		after = m.try.next
 	case commit:
 		after = m.commits.next
-	case none:
-		if m.order.GetAction() == depotv1.MachineOrder_ACTION_STOP && m.running() {
-			return none, m.stopped.Add(stopAgain)
-		}
 	default:
 	}
 	if now.Before(after) {
@@ -104,7 +95,7 @@ func (m *machine) decide(now time.Time, vol *provider.Volume, foreign bool) (act
 }
 
 // wanted is decide without the waiting.
-func (m *machine) wanted(now time.Time, vol *provider.Volume) act {
+func (m *machine) wanted(vol *provider.Volume) act {
 	if m.mayCommit(vol) {
 		return commit // whatever is ordered: nothing-lost
 	}
@@ -113,7 +104,7 @@ func (m *machine) wanted(now time.Time, vol *provider.Volume) act {
 		switch {
 		case m.seen != nil || m.noted == ended:
 			return none
-		case m.noted == launched:
+		case m.noted == launched || m.noted == stopping:
 			return bury // it was here, and is not
 		default:
 			return launch
@@ -122,7 +113,7 @@ func (m *machine) wanted(now time.Time, vol *provider.Volume) act {
 		switch {
 		case m.seen == nil && m.noted != ended:
 			return bury
-		case m.running() && !now.Before(m.stopped.Add(stopAgain)):
+		case m.running() && m.noted != stopping:
 			return stop
 		default:
 			return none

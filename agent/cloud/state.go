@@ -54,6 +54,9 @@ const (
 	neverLaunched launchRecord = ""
 	launching     launchRecord = "launching" // a launch was begun; it may be tried again
 	launched      launchRecord = "launched"  // a launch succeeded; there will be no other
+	// stopping is a machine that was told to end. It is told once: to be told
+	// twice means not to wait for its builds.
+	stopping launchRecord = "stopping"
 	ended         launchRecord = "ended"     // it is over; there will be no launch
 )
 
@@ -143,7 +146,7 @@ func (s *State) ledger() (map[string]launchRecord, error) {
 		}
 		record := launchRecord(strings.TrimSpace(string(text)))
 		switch record {
-		case launching, launched, ended:
+		case launching, launched, stopping, ended:
 		default:
 			return nil, fmt.Errorf("the ledger entry %s is damaged (it says %q): "+
 				"if that machine is still wanted write \"launched\" into it, else \"ended\"", path, record)
