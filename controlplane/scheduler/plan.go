@@ -75,7 +75,7 @@ type Changes struct {
 // plan is the working state of one call of Plan.
 type plan struct {
 	Snapshot
-	leases   []controlplane.Lease
+	leases   []controlplane.Lease // as they shall be; Snapshot has them as they were
 	machines []controlplane.Machine
 	out      Changes
 }
@@ -423,7 +423,7 @@ func (p *plan) settleDraining(m *controlplane.Machine) {
 // collect puts what differs from the snapshot into the plan.
 func (p *plan) collect() {
 	for i, l := range p.leases {
-		if !sameLease(l, p.Snapshot.Leases[i]) {
+		if !sameLease(l, p.Leases[i]) {
 			p.out.Leases = append(p.out.Leases, l)
 		}
 		if l.Live() {
@@ -431,7 +431,7 @@ func (p *plan) collect() {
 		}
 	}
 	for i, m := range p.machines {
-		if i >= len(p.Snapshot.Machines) || !sameMachine(m, p.Snapshot.Machines[i]) {
+		if i >= len(p.Machines) || !sameMachine(m, p.Machines[i]) {
 			p.out.Machines = append(p.out.Machines, m)
 		}
 		p.wakeFor(m)

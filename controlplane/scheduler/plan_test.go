@@ -171,7 +171,8 @@ func (w *world) advance(d time.Duration) {
 	}
 }
 
-func pick[V any](t *rapid.T, m map[string]V, label string, keep func(V) bool) (V, bool) {
+// pick draws one of the values that keep keeps; false if there is none.
+func pick[V controlplane.Lease | controlplane.Machine](t *rapid.T, m map[string]V, label string, keep func(V) bool) (v V, ok bool) {
 	var keys []string
 	for _, k := range sortedKeys(m) {
 		if keep(m[k]) {
@@ -179,8 +180,7 @@ func pick[V any](t *rapid.T, m map[string]V, label string, keep func(V) bool) (V
 		}
 	}
 	if len(keys) == 0 {
-		var none V
-		return none, false
+		return v, false
 	}
 	return m[rapid.SampledFrom(keys).Draw(t, label)], true
 }
@@ -257,6 +257,12 @@ func TestPlanKeepsInvariants(t *testing.T) {
 				clear(w.running)
 				w.plan(t)
 			},
+			"token stolen": func(t *rapid.T) {
+				if m, ok := pick(t, w.machines, "machine", func(m controlplane.Machine) bool { return m.State == controlplane.MachineStarting }); ok {
+					w.machines[m.ID] = m.Fail(w.now, "its join token came with a second key")
+				}
+				w.plan(t)
+			},
 			"agent falls silent": func(t *rapid.T) {
 				w.agent.Connected = false
 				w.plan(t)
@@ -275,7 +281,9 @@ func TestPlanKeepsInvariants(t *testing.T) {
 				w.plan(t)
 			},
 			"time passes": func(t *rapid.T) {
-				w.advance(time.Duration(rapid.IntRange(1, 200).Draw(t, "seconds")) * time.Second)
+				w.advance(rapid.SampledFrom([]time.Duration{
+					time.Second, w.times.QuietTTL, w.times.WaitTTL, w.times.LeaseTTL, w.times.Register, 10 * time.Minute,
+				}).Draw(t, "time"))
 				w.plan(t)
 			},
 		})

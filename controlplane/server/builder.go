@@ -114,23 +114,16 @@ func (b *builderService) GetBuilder(ctx context.Context, req *depotv1.GetBuilder
 
 // architectures lists those that have a pool, the native ones first.
 func architectures(ctx context.Context, tx controlplane.Tx, project string) ([]*depotv1.Architecture, error) {
-	pools, err := tx.Pools(ctx, "")
-	if err != nil {
-		return nil, err
-	}
-	var out []*depotv1.Architecture
+	var native, emulated []*depotv1.Architecture
 	for _, arch := range controlplane.Arches() {
-		emulated, any := true, false
-		for _, p := range pools {
-			if p.Arch == arch {
-				any = true
-				emulated = emulated && p.Emulated
-			}
+		pools, err := tx.Pools(ctx, arch)
+		if err != nil {
+			return nil, err
 		}
-		if !any {
+		if len(pools) == 0 {
 			continue
 		}
-		a := &depotv1.Architecture{Name: arch, Emulated: emulated}
+		a := &depotv1.Architecture{Name: arch}
 		machines, err := tx.ScopeMachines(ctx, controlplane.Scope{Project: project, Arch: arch})
 		if err != nil {
 			return nil, err
@@ -140,18 +133,14 @@ func architectures(ctx context.Context, tx controlplane.Tx, project string) ([]*
 				a.MachineId, a.MachineState = m.ID, machineState(m.State)
 			}
 		}
-		out = append(out, a)
-	}
-	slices.SortStableFunc(out, func(a, b *depotv1.Architecture) int {
-		switch {
-		case a.GetEmulated() == b.GetEmulated():
-			return 0
-		case b.GetEmulated():
-			return -1
+		if slices.ContainsFunc(pools, func(p controlplane.Pool) bool { return !p.Emulated }) {
+			native = append(native, a)
+		} else {
+			a.Emulated = true
+			emulated = append(emulated, a)
 		}
-		return 1
-	})
-	return out, nil
+	}
+	return append(native, emulated...), nil
 }
 
 // AcquireLease stores the lease at its first call and hangs until it is ready,

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"math"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -19,7 +18,7 @@ import (
 // decision, made while no other runs.
 func newRecoverCommand(lookup func(string) (string, bool)) *cobra.Command {
 	var c config
-	var seen uint64
+	var seen uint32
 	cmd := &cobra.Command{
 		Use:   "recover --epoch N",
 		Short: "Make a store that was restored from a backup the one that agents obey",
@@ -28,29 +27,27 @@ func newRecoverCommand(lookup func(string) (string, bool)) *cobra.Command {
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return withStore(cmd, &c, lookup, func(ctx context.Context, s *store.Store) error {
-				if seen >= math.MaxUint32 {
-					return fmt.Errorf("--epoch %d is out of range: give the one that the refusal names", seen)
-				}
 				var record controlplane.Server
 				err := s.Update(ctx, func(tx controlplane.Tx) (err error) {
 					if record, err = tx.Server(ctx); err != nil {
 						return err
 					}
-					if uint64(record.Epoch) > seen {
+					if record.Epoch > seen {
 						return fmt.Errorf("the store is at epoch %d, above %d already: start the control plane", record.Epoch, seen)
 					}
-					record.Epoch = uint32(seen)
+					record.Epoch = seen
 					return tx.PutServer(ctx, record)
 				})
-				if err == nil {
-					fmt.Fprintf(cmd.OutOrStdout(), "epoch raised to %d: start the control plane\n", record.Epoch)
+				if err != nil {
+					return err
 				}
+				_, err = fmt.Fprintf(cmd.OutOrStdout(), "epoch raised to %d: start the control plane\n", record.Epoch)
 				return err
 			})
 		},
 	}
 	c.dataFlags(cmd.Flags())
-	cmd.Flags().Uint64Var(&seen, "epoch", 0, "the highest epoch that an agent has seen")
+	cmd.Flags().Uint32Var(&seen, "epoch", 0, "the highest epoch that an agent has seen")
 	_ = cmd.MarkFlagRequired("epoch")
 	return cmd
 }

@@ -203,15 +203,3 @@ func serveHTTP(ctx context.Context, l net.Listener, h http.Handler, log *slog.Lo
 	<-done
 	return nil
 }
-
-// certificateFiles serves a certificate from files, read again when they
-// change.
-type certificateFiles struct{ cert, key string }
-
-func (f *certificateFiles) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-	c, err := tls.LoadX509KeyPair(f.cert, f.key)
-	if err != nil {
-		return nil, fmt.Errorf("--tls-cert %s, --tls-key %s: %w", f.cert, f.key, err)
-	}
-	return &c, nil
-}
