@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/json"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -41,6 +42,7 @@ type bench struct {
 	terminate    chan os.Signal
 	cancel       context.CancelFunc
 	result       chan error
+	log          *slog.Logger // nil means the test's output
 }
 
 // prepare makes the surroundings of a machine and starts nothing.
@@ -80,10 +82,16 @@ func (b *bench) start(tb testing.TB) {
 	b.address = listener.Addr().String()
 	ctx, cancel := context.WithCancel(context.Background())
 	b.cancel = cancel
+	output := tb.Output()
+	if b.log == nil {
+		b.log = slog.New(slog.NewTextHandler(output, nil))
+	} else {
+		output = io.Discard
+	}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		b.result <- Run(ctx, b.config, Surroundings{Listener: listener, Terminate: b.terminate, Log: slog.New(slog.NewTextHandler(tb.Output(), nil)), Output: tb.Output()})
+		b.result <- Run(ctx, b.config, Surroundings{Listener: listener, Terminate: b.terminate, Log: b.log, Output: output})
 	}()
 	tb.Cleanup(func() {
 		cancel()
