@@ -12,6 +12,7 @@ import (
 	"github.com/opendepot/depot/controlplane/client"
 	"github.com/opendepot/depot/driver"
 	"github.com/opendepot/depot/driver/credentials"
+	"github.com/opendepot/depot/plugin/depotcmd"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 )
@@ -77,9 +78,8 @@ func NewRootCommand(name string, standalone bool, app *App) *cobra.Command {
 		root.SilenceErrors = true
 		root.TraverseChildren = true
 	}
-	root.AddCommand(
-		newVersionCommand(app),
-	)
+	root.AddCommand(newVersionCommand(app))
+	root.AddCommand(depotcmd.Commands(app.CLI, depotcmd.Deps{Version: version.Version, Source: app.Credentials})...)
 	return root
 }
 

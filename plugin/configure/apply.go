@@ -192,14 +192,12 @@ func (s *session) inStore(path string) bool {
 	return strings.HasPrefix(path, s.paths.Buildx+string(filepath.Separator))
 }
 
-// removeDirs removes the directories that did not exist before and that are
-// empty now, children first.
-func (s *session) removeDirs() {
-	dirs := slices.Clone(s.manifest.Dirs)
-	slices.Reverse(dirs)
-	for _, dir := range dirs {
-		if dir != s.paths.State {
-			os.Remove(dir) //nolint:errcheck,gosec // one that is not empty stays
-		}
+// removeDirs removes the directories that did not exist before, in this run or
+// in the one that installed, and that are empty now: children first.
+func (s *session) removeDirs(fresh []string) {
+	dirs := slices.Concat(s.manifest.Dirs, fresh)
+	slices.Sort(dirs)
+	for _, dir := range slices.Backward(slices.Compact(dirs)) {
+		os.Remove(dir) //nolint:errcheck,gosec // one that is not empty stays
 	}
 }

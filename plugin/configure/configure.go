@@ -138,8 +138,8 @@ func open(dockerCli command.Cli) (*session, func(), error) {
 	s := &session{paths: paths, cli: dockerCli, manifest: m, report: &Report{}}
 	return s, func() {
 		if s.manifest.fresh { // nothing is installed: leave no trace
-			os.Remove(lock.Path())   //nolint:errcheck,gosec // another run may be waiting with it
-			os.Remove(s.paths.State) //nolint:errcheck,gosec // it stays if it holds logins
+			os.Remove(lock.Path()) //nolint:errcheck,gosec // another run may be waiting with it
+			s.removeDirs(fresh)
 		}
 		lock.Close() //nolint:errcheck,gosec // closing the file unlocks it whatever comes
 	}, nil
@@ -212,6 +212,14 @@ func (s *session) install(ctx context.Context, o Options) error {
 func (s *session) noteAll(o Options, key string, config configChange, plugins []string) error {
 	m, state := s.manifest, s.paths.State
 	m.Alias, m.ExtraDir, m.Previous = config.alias, config.extraDir, config.before.previous()
+	current, err := currentName(filepath.Join(s.paths.Buildx, "current"))
+	if err != nil {
+		return err
+	}
+	noteChoice := m.note
+	if slices.Contains(m.Builders, current) {
+		noteChoice = m.keep // what an earlier run chose, not the user
+	}
 	if !slices.Contains(m.Builders, o.Builder) {
 		m.Builders = append(m.Builders, o.Builder)
 	}
@@ -226,7 +234,7 @@ func (s *session) noteAll(o Options, key string, config configChange, plugins []
 		m.find(path).expect(program)
 	}
 	for _, path := range s.choiceFiles(key) {
-		if err := m.note(path, state); err != nil {
+		if err := noteChoice(path, state); err != nil {
 			return fmt.Errorf("keep a copy of %s: %w", path, err)
 		}
 	}

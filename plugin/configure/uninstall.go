@@ -56,7 +56,6 @@ func (s *session) uninstall(ctx context.Context) error {
 	if len(errs) > 0 {
 		return errors.Join(errs...)
 	}
-	s.removeDirs()
 	return s.manifest.remove(s.paths.State)
 }
 

@@ -59,7 +59,11 @@ func (a *app) configure(ctx context.Context, f configureFlags) error {
 	if err != nil {
 		return err
 	}
-	options := configure.Options{Executable: a.deps.Executable, Builder: f.builder, Endpoint: endpoint.String()}
+	executable, err := a.executable()
+	if err != nil {
+		return err
+	}
+	options := configure.Options{Executable: executable, Builder: f.builder, Endpoint: endpoint.String()}
 	if f.defaultLoad {
 		options.DriverOpts = map[string]string{"default-load": "true"}
 	}

@@ -11,6 +11,8 @@ package depotcmd
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 
 	"github.com/docker/cli/cli"
 	"github.com/docker/cli/cli/command"
@@ -25,7 +27,7 @@ const usageExitCode = 125
 type Deps struct {
 	// Version is the program's, for the server's log and for comparing.
 	Version string
-	// Executable is the program's own file, links resolved.
+	// Executable is the program's own file; empty means that of the process.
 	Executable string
 	// Source says which server to talk to, as whom, about which project.
 	Source credentials.Source
@@ -39,22 +41,40 @@ type app struct {
 
 // NewDepotCommand returns the command `depot` with all of its subcommands.
 func NewDepotCommand(dockerCli command.Cli, deps Deps) *cobra.Command {
+	cmd := group("depot", "Build on machines of your own", Commands(dockerCli, deps)...)
+	cmd.Long = "Build on machines of your own: docker build, docker buildx and docker compose build run unchanged,\n" +
+		"while the work happens on ephemeral machines that run BuildKit next to a cache that outlives them."
+	cmd.SetFlagErrorFunc(usageError)
+	return cmd
+}
+
+// Commands returns the subcommands, for a root that is made elsewhere.
+func Commands(dockerCli command.Cli, deps Deps) []*cobra.Command {
 	a := &app{cli: dockerCli, deps: deps}
-	cmd := &cobra.Command{
-		Use:   "depot",
-		Short: "Build on machines of your own",
-		Long: "Build on machines of your own: docker build, docker buildx and docker compose build run unchanged,\n" +
-			"while the work happens on ephemeral machines that run BuildKit next to a cache that outlives them.",
-		Args: cobra.ArbitraryArgs,
-		RunE: showHelp,
-	}
-	cmd.AddCommand(
+	cmds := []*cobra.Command{
 		a.configureCommand(),
 		a.loginCommand(), a.logoutCommand(), a.whoamiCommand(),
 		a.projectCommand(), a.tokenCommand(), a.machineCommand(), a.poolCommand(), a.agentCommand(),
-	)
-	cmd.SetFlagErrorFunc(usageError)
-	return cmd
+	}
+	for _, cmd := range cmds {
+		cmd.SetFlagErrorFunc(usageError)
+	}
+	return cmds
+}
+
+// executable returns the program's own file, links resolved.
+func (a *app) executable() (string, error) {
+	path, err := a.deps.Executable, error(nil)
+	if path == "" {
+		path, err = os.Executable()
+	}
+	if err == nil {
+		path, err = filepath.EvalSymlinks(path)
+	}
+	if err != nil {
+		return "", fmt.Errorf("find the program's own file: %w", err)
+	}
+	return path, nil
 }
 
 // group returns a command that only holds others.

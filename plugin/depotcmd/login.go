@@ -77,7 +77,7 @@ func (a *app) keptIn(login credentials.Login) string {
 	if login.InKeyring {
 		return "the keyring"
 	}
-	return "a file that only you can read, in " + a.deps.Source.Store.Dir
+	return "a file that only you can read, in " + a.deps.Source.Store.Dir()
 }
 
 // checkAndSave stores a login that the server accepts. A project that was

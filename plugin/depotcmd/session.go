@@ -43,7 +43,7 @@ func (a *app) tokenFrom(server string) string {
 	if login, err := a.deps.Source.Store.Load(server); err == nil && login.InKeyring {
 		return "the keyring"
 	}
-	return a.deps.Source.Store.Dir
+	return a.deps.Source.Store.Dir()
 }
 
 func (a *app) userAgent() string { return "docker-depot/" + a.deps.Version }
