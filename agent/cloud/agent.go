@@ -94,7 +94,7 @@ type Agent struct {
 	state    *State
 	identity *identity
 	client   *client.Client
-	obeys    controlPlane // after New: the loop's only
+	obeys    controlPlane // like client, after New: the loop's only
 
 	mu     sync.Mutex // guards status
 	status Status
@@ -127,23 +127,35 @@ func New(cfg Config) (*Agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	pin := obeys.Pin
-	if obeys.ServerID == "" {
-		pin = cfg.Token.Pin()
-	}
-	c, err := client.New(client.Config{
-		URL:       cfg.URL,
-		Pin:       pin,
-		Roots:     cfg.Roots,
-		Identity:  id.current,
-		UserAgent: "depot-agent/" + cfg.Version,
-		Dial:      cfg.Dial,
-		Tries:     1,
-	})
-	if err != nil {
+	a := &Agent{cfg: cfg, log: cfg.Log, state: cfg.State, identity: id, obeys: obeys}
+	if a.client, err = a.connect(); err != nil {
 		return nil, err
 	}
-	return &Agent{cfg: cfg, log: cfg.Log, state: cfg.State, identity: id, client: c, obeys: obeys}, nil
+	return a, nil
+}
+
+// connect returns a client whose connections show the certificate of now: one
+// that was made before goes on with what it showed.
+func (a *Agent) connect() (*client.Client, error) {
+	pin := a.obeys.Pin
+	if a.obeys.ServerID == "" {
+		pin = a.cfg.Token.Pin()
+	}
+	return client.New(client.Config{
+		URL: a.cfg.URL, Pin: pin, Roots: a.cfg.Roots, Identity: a.identity.current,
+		UserAgent: "depot-agent/" + a.cfg.Version, Dial: a.cfg.Dial, Tries: 1,
+	})
+}
+
+// reconnect makes the next call show the certificate of now.
+func (a *Agent) reconnect() error {
+	fresh, err := a.connect()
+	if err != nil {
+		return err
+	}
+	a.client.Close()
+	a.client = fresh
+	return nil
 }
 
 func checkPools(pools []Pool) error {
@@ -172,7 +184,7 @@ func checkPools(pools []Pool) error {
 // token by the control plane, or of the control plane by the agent at the
 // start ([RefusedError]).
 func (a *Agent) Run(ctx context.Context) error {
-	defer a.client.Close()
+	defer func() { a.client.Close() }()
 	if err := a.join(ctx); err != nil || ctx.Err() != nil {
 		return err
 	}

@@ -191,6 +191,9 @@ func (a *Agent) joinOnce(ctx context.Context, csr []byte) error {
 	if err := a.identity.install(resp.GetIdentity()); err != nil {
 		return err
 	}
+	if err := a.reconnect(); err != nil {
+		return err
+	}
 	a.log.InfoContext(ctx, "joined", "server", obeys.ServerID, "agent", obeys.AgentID)
 	return nil
 }
@@ -213,8 +216,9 @@ func (l *loop) keepIdentity(ctx context.Context, now time.Time) time.Time {
 		return due
 	}
 	l.renewing = true
+	c, key := l.client, l.identity.key
 	l.begin(func() func(time.Time) {
-		issued, err := l.renew(ctx)
+		issued, err := renew(ctx, c, key)
 		return func(now time.Time) {
 			l.renewing = false
 			if err == nil {
@@ -228,19 +232,19 @@ func (l *loop) keepIdentity(ctx context.Context, now time.Time) time.Time {
 				l.renewals++
 			default:
 				l.log.InfoContext(ctx, "renewed the agent's certificate", "expires", l.identity.current.Leaf().NotAfter)
-				l.nextRenewal, l.renewals, l.reconnect = now.Add(firstWait), 0, true
+				l.nextRenewal, l.renewals, l.outdated = now.Add(firstWait), 0, true
 			}
 		}
 	})
 	return time.Time{}
 }
 
-func (a *Agent) renew(ctx context.Context) (*depotv1.Certificate, error) {
-	csr, err := request(a.identity.key)
+func renew(ctx context.Context, c *client.Client, key tls.Certificate) (*depotv1.Certificate, error) {
+	csr, err := request(key)
 	if err != nil {
 		return nil, err
 	}
-	resp, err := a.client.Agent.RenewIdentity(ctx, &depotv1.RenewIdentityRequest{Csr: csr})
+	resp, err := c.Agent.RenewIdentity(ctx, &depotv1.RenewIdentityRequest{Csr: csr})
 	return resp.GetIdentity(), err
 }
 

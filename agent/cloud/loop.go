@@ -63,7 +63,7 @@ type loop struct {
 	renewing    bool
 	nextRenewal time.Time
 	renewals    int  // failed in a row
-	reconnect   bool // the next call shall show a new certificate
+	outdated    bool // the next call shall show a new certificate
 	nextPruning time.Time
 
 	listing     uint64 // the number of the last listing begun

@@ -66,7 +66,7 @@ type machine struct {
 	settled   uint64   // listings up to this number began before the last act ended
 	try       attempts // of launch and destroy
 	commits   attempts
-	destroyed bool      // by this process: no trace is left
+	destroyed bool // by this process: no trace is left
 }
 
 // decide returns what to do next with m, or when to ask again (zero: when

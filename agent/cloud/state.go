@@ -57,7 +57,7 @@ const (
 	// stopping is a machine that was told to end. It is told once: to be told
 	// twice means not to wait for its builds.
 	stopping launchRecord = "stopping"
-	ended         launchRecord = "ended"     // it is over; there will be no launch
+	ended    launchRecord = "ended" // it is over; there will be no launch
 )
 
 // OpenState opens the directory, making it (mode 0700) where there is none. It

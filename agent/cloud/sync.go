@@ -32,7 +32,7 @@ type call struct {
 func (l *loop) sync(ctx context.Context, now time.Time) time.Time {
 	report := l.report()
 	if l.call.report != nil {
-		if !l.call.wasCut && (l.reconnect || !proto.Equal(report, l.call.report)) {
+		if !l.call.wasCut && (l.outdated || !proto.Equal(report, l.call.report)) {
 			l.call.wasCut = true
 			l.call.cut()
 		}
@@ -43,9 +43,10 @@ func (l *loop) sync(ctx context.Context, now time.Time) time.Time {
 	}
 	callCtx, cut := context.WithCancel(ctx)
 	l.call.report, l.call.cut, l.call.wasCut, l.call.begun = report, cut, false, now
+	c := l.client
 	l.begin(func() func(time.Time) {
 		defer cut()
-		resp, err := l.client.Agent.SyncAgent(callCtx, report)
+		resp, err := c.Agent.SyncAgent(callCtx, report)
 		return func(now time.Time) { l.answered(ctx, now, resp, err) }
 	})
 	return time.Time{}
@@ -103,9 +104,9 @@ func (b *backend) report(p Pool) *depotv1.Pool {
 func (l *loop) answered(ctx context.Context, now time.Time, resp *depotv1.SyncAgentResponse, err error) {
 	c := &l.call
 	c.report = nil
-	if l.reconnect {
-		l.client.Close()
-		l.reconnect = false
+	if l.outdated {
+		l.outdated = false
+		err = errors.Join(err, l.reconnect())
 	}
 	if err == nil {
 		err = l.accept(resp)

@@ -46,10 +46,6 @@ func runCloud(ctx context.Context, c cloudConfig, w world) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
-	emulation, err := emulate(ctx, s.pools)
-	if err != nil {
-		return err
-	}
 	relay := &cloud.Relay{Dir: filepath.Join(c.runDir, "relay"), Log: log, Dial: func(ctx context.Context) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "tcp", s.server)
 	}}
@@ -57,10 +53,14 @@ func runCloud(ctx context.Context, c cloudConfig, w world) (err error) {
 	if err != nil {
 		return err
 	}
+	emulation, err := emulate(ctx, s.pools)
+	if err != nil {
+		return errors.Join(err, provider.Close(ctx))
+	}
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 		defer cancel()
-		err = errors.Join(err, provider.Close(ctx))
+		err = errors.Join(err, emulation.close(ctx, provider), provider.Close(ctx))
 	}()
 
 	agent, err := cloud.New(cloud.Config{
@@ -161,7 +161,7 @@ func towards(ctx context.Context, server string) (string, error) {
 }
 
 // offer makes the pools that the control plane is told of.
-func offer(ctx context.Context, pools []poolConfig, provider *local.Provider, store *btrfs.Store, emulation map[string]string) []cloud.Pool {
+func offer(ctx context.Context, pools []poolConfig, provider *local.Provider, store *btrfs.Store, emulation emulation) []cloud.Pool {
 	offered := make([]cloud.Pool, len(pools))
 	for i, p := range pools {
 		offered[i] = cloud.Pool{
@@ -172,7 +172,7 @@ func offer(ctx context.Context, pools []poolConfig, provider *local.Provider, st
 			Provider: provider, Volumes: store,
 		}
 		if p.emulated {
-			offered[i].Warnings = append(offered[i].Warnings, emulation[p.arch])
+			offered[i].Warnings = append(offered[i].Warnings, emulation.warning(p.arch))
 		}
 	}
 	return offered
