@@ -117,8 +117,7 @@ build/version: FORCE
 bin/docker-depot: build/version go.mod go.sum $(sources) | prereqs-build
 	version="$$($(module) github.com/docker/buildx)+depot.$$(cat build/version)"; \
 	CGO_ENABLED=0 go build -o $@ -ldflags "-X github.com/docker/buildx/version.Version=$$version \
-		-X github.com/docker/buildx/version.Revision=$$(cat build/version) \
-		-X main.version=$$(cat build/version)" ./plugin/cmd/docker-depot
+		-X github.com/docker/buildx/version.Revision=$$(cat build/version)" ./plugin/cmd/docker-depot
 	@touch $@
 
 # The same program: it looks at the name that it was called by.
