@@ -4,7 +4,6 @@ import (
 	"database/sql/driver"
 	"encoding/json"
 	"fmt"
-	"math"
 	"reflect"
 	"time"
 )
@@ -108,10 +107,7 @@ func (l list) Scan(src any) error {
 type bits struct{ n *uint64 }
 
 func (b bits) Value() (driver.Value, error) {
-	if *b.n > math.MaxInt64 {
-		return -int64(math.MaxUint64-*b.n) - 1, nil
-	}
-	return int64(*b.n), nil
+	return int64(*b.n), nil //nolint:gosec // the two's complement is what is meant
 }
 
 func (b bits) Scan(src any) error {

@@ -31,7 +31,7 @@ func lockDirectory(dir string) (_ *os.File, err error) {
 			err = errors.Join(err, f.Close())
 		}
 	}()
-	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) //nolint:gosec // descriptors are small
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	if errors.Is(err, unix.EWOULDBLOCK) {
 		return nil, fmt.Errorf("the data directory %s is in use by another control plane (process %s): stop that one, or give this one a directory of its own", dir, holder(f))
 	}

@@ -46,6 +46,7 @@ type Config struct {
 
 // Store implements [controlplane.Store]. It is safe for concurrent use.
 type Store struct {
+	path    string
 	dialect dialect
 	writer  *batcher
 	reader  *sql.DB
@@ -83,7 +84,7 @@ func Open(ctx context.Context, c Config) (_ *Store, err error) {
 	if err := migrate(ctx, d, writer, c.Logger); err != nil {
 		return nil, errors.Join(fmt.Errorf("database %s: %w", path, err), reader.Close(), writer.Close())
 	}
-	s := &Store{dialect: d, reader: reader, lock: lock}
+	s := &Store{path: path, dialect: d, reader: reader, lock: lock}
 	s.writer = &batcher{db: writer, dialect: d, committed: s.watches.deliver}
 	return s, nil
 }
@@ -161,12 +162,41 @@ func (s *Store) Backup(ctx context.Context, path string) error {
 	if err != nil {
 		return fmt.Errorf("back up: %w", err)
 	}
-	_, err = s.reader.ExecContext(ctx, "VACUUM INTO $1", path)
+	err = copySQLite(ctx, s.path, path)
 	// SQLite does not sync the copy.
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return errors.Join(fmt.Errorf("back up to %s: %w", path, err), os.Remove(path))
 	}
 	return nil
+}
+
+// pruneBatch bounds the rows that one transaction of Prune deletes, and with
+// it how long others wait for it.
+const pruneBatch = 1000
+
+// Prune deletes what ended before that time and says nothing about the present:
+// leases whose certificates have expired, and machines that are gone. It
+// returns how many records it deleted.
+func (s *Store) Prune(ctx context.Context, before time.Time) (deleted int64, err error) {
+	for _, query := range []string{
+		"DELETE FROM leases WHERE id IN (SELECT id FROM leases WHERE state = 'ended' AND ended < $1 " +
+			"AND (certificate_until IS NULL OR certificate_until < $1) LIMIT $2)",
+		"DELETE FROM machines WHERE id IN (SELECT id FROM machines WHERE gone IS NOT NULL AND ended < $1 " +
+			"AND gone < $1 AND state IN ('stopped', 'failed') LIMIT $2)",
+	} {
+		for n := int64(pruneBatch); n == pruneBatch; deleted += n {
+			err := s.try(ctx, func() error {
+				return s.writer.update(ctx, func(x *tx) (err error) {
+					n, err = x.exec(ctx, query, instant{&before}, pruneBatch)
+					return err
+				})
+			})
+			if err != nil {
+				return deleted, fmt.Errorf("prune: %w", err)
+			}
+		}
+	}
+	return deleted, nil
 }
 
 // Close waits for what runs, and unlocks the data directory. Watchers stay

@@ -100,10 +100,13 @@ func (x *tx) rows(ctx context.Context, query string, args []any, each func(scan 
 	if err != nil {
 		return x.fail(err)
 	}
-	for err == nil && rows.Next() {
-		err = each(rows.Scan)
+	defer rows.Close() //nolint:errcheck // Err tells what ended the rows
+	for rows.Next() {
+		if err := each(rows.Scan); err != nil {
+			return x.fail(err)
+		}
 	}
-	if err = errors.Join(err, rows.Err(), rows.Close()); err != nil {
+	if err := rows.Err(); err != nil {
 		return x.fail(err)
 	}
 	return nil

@@ -148,7 +148,7 @@ func putRecord(ctx context.Context, tx controlplane.Tx, record any) error {
 
 // filled returns a T whose every field is set, to values that differ with seed:
 // a field that a store forgets shows.
-func filled[T any](t *testing.T, seed int) T {
+func filled[T any](t *testing.T, seed int) T { //nolint:ireturn // T is a struct
 	t.Helper()
 	var v T
 	n := seed * 1000
@@ -164,7 +164,7 @@ func fill(t *testing.T, v reflect.Value, n *int) {
 		*f = start().Add(time.Duration(*n) * time.Hour)
 		return
 	case *[]byte:
-		*f = []byte{0, byte(*n), byte(*n >> 8), 0xff}
+		*f = fmt.Appendf([]byte{0, 0xff}, "%d", *n)
 		return
 	case *[]string:
 		*f = []string{fmt.Sprintf("first %d", *n), `"ö, '☃`}
@@ -182,9 +182,9 @@ func fill(t *testing.T, v reflect.Value, n *int) {
 	case reflect.Int, reflect.Int64:
 		v.SetInt(1<<40 + int64(*n))
 	case reflect.Uint32:
-		v.SetUint(1<<31 + uint64(*n))
+		v.SetUint(1<<31 + uint64(*n)) //nolint:gosec // small and positive
 	case reflect.Uint64:
-		v.SetUint(1<<63 + uint64(*n))
+		v.SetUint(1<<63 + uint64(*n)) //nolint:gosec // small and positive
 	default:
 		t.Fatalf("fill does not know %s: teach it", v.Type())
 	}

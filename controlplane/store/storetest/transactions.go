@@ -157,25 +157,24 @@ func noLostUpdates(t *testing.T, s controlplane.Store) {
 	put(t, s, acme(), controlplane.Project{ID: "prj_1", Org: "org_1", Name: "web"})
 	const writers, each = 8, 25
 	fault := errors.New("on purpose")
+	increment := func(tx controlplane.Tx) error {
+		p, err := tx.Project(t.Context(), "prj_1")
+		if err != nil {
+			return err
+		}
+		p.MaxMachines++
+		return tx.PutProject(t.Context(), p)
+	}
+	takenBack := func(tx controlplane.Tx) error { return errors.Join(increment(tx), fault) }
 	var wg sync.WaitGroup
 	for range writers {
 		wg.Go(func() {
 			for i := range each {
-				err := s.Update(t.Context(), func(tx controlplane.Tx) error {
-					p, err := tx.Project(t.Context(), "prj_1")
-					if err != nil {
-						return err
-					}
-					p.MaxMachines++
-					if err := tx.PutProject(t.Context(), p); err != nil {
-						return err
-					}
-					if i%5 == 0 { // some take their change back
-						return fault
-					}
-					return nil
-				})
-				if err != nil && !errors.Is(err, fault) {
+				fn := increment
+				if i%5 == 0 {
+					fn = takenBack
+				}
+				if err := s.Update(t.Context(), fn); err != nil && !errors.Is(err, fault) {
 					t.Errorf("update: %v", err)
 				}
 			}
