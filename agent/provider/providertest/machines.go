@@ -31,7 +31,7 @@ type Harness struct {
 	// Leftovers lists what providers keep on the host for machines: processes,
 	// mounts, network devices, firewall rules, cgroups, files under dir. It is
 	// called without any machine, before and after there was one, and both
-	// lists must be equal.
+	// lists must have the same lines, in any order.
 	Leftovers func(t *testing.T, dir string) []string
 }
 
@@ -81,7 +81,7 @@ func RunProvider(t *testing.T, h Harness) {
 			m := &machines{dir: t.TempDir(), pid1: pid1, harness: h}
 			m.reopen(t)
 			t.Cleanup(func() { m.end(t) })
-			m.before = h.Leftovers(t, m.dir)
+			m.before = m.leftovers(t)
 			test(t, m)
 		})
 	}
@@ -99,17 +99,30 @@ type machines struct {
 // as a killed agent's is.
 func (m *machines) reopen(t *testing.T) {
 	t.Helper()
-	if m.Close != nil {
-		if err := m.Close(); err != nil {
-			wantErr(t, "close", err, provider.ErrVolumeBusy)
-		}
-	}
+	m.close(t)
 	m.Machines = m.harness.Open(t, m.dir, m.pid1)
+}
+
+// close closes the provider, if one is open. Machines that run keep volumes
+// busy.
+func (m *machines) close(t *testing.T) {
+	t.Helper()
+	before := m.Machines
+	m.Machines = Machines{} // so that it is closed once, also where Open fails
+	if before.Close == nil {
+		return
+	}
+	if err := before.Close(); err != nil {
+		wantErr(t, "close", err, provider.ErrVolumeBusy)
+	}
 }
 
 // end destroys what the test launched and checks that nothing is left.
 func (m *machines) end(t *testing.T) {
 	t.Helper()
+	if m.Provider == nil {
+		return // Open failed and said why
+	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), time.Minute)
 	defer cancel()
 	all, err := m.List(ctx)
@@ -121,7 +134,7 @@ func (m *machines) end(t *testing.T) {
 			t.Errorf("destroy %s: %v", each.ID, err)
 		}
 	}
-	if diff := cmp.Diff(m.before, m.harness.Leftovers(t, m.dir)); diff != "" {
+	if diff := cmp.Diff(m.before, m.leftovers(t)); diff != "" {
 		t.Errorf("what machines left behind (-before +after):\n%s", diff)
 	}
 	volumes, err := m.Volumes.List(ctx)
@@ -136,6 +149,11 @@ func (m *machines) end(t *testing.T) {
 	if err := m.Close(); err != nil {
 		t.Errorf("close: %v", err)
 	}
+}
+
+func (m *machines) leftovers(t *testing.T) []string {
+	t.Helper()
+	return slices.Sorted(slices.Values(m.harness.Leftovers(t, m.dir)))
 }
 
 // spec is of a machine with the volume, which it makes.
@@ -354,8 +372,8 @@ func launchRefuses(t *testing.T, m *machines) {
 	if all, err := m.List(t.Context()); err != nil || len(all) > 0 {
 		t.Errorf("refused launches left %v, %v", all, err)
 	}
-	// A refusal must not keep the volume or the epoch from the next.
-	m.launch(t, m.spec(t, machineB, volumeA, 1))
+	// A refusal must not keep the volume from the next.
+	m.launch(t, m.spec(t, machineB, volumeA, 2))
 }
 
 func launchLimits(t *testing.T, m *machines) {
@@ -463,9 +481,9 @@ func outliveAgent(t *testing.T, m *machines) {
 
 func endWithoutAgent(t *testing.T, m *machines) {
 	instance := m.launch(t, m.spec(t, machineA, volumeA, 1))
-	must(t, m.Close())
+	m.close(t)
 	_, _ = tryAsk(t, instance, request{Do: "crash"})
-	m.Machines = m.harness.Open(t, m.dir, m.pid1)
+	m.reopen(t)
 	if exit := m.exit(t); exit.Clean {
 		t.Error("a crash without an agent is called clean")
 	}
@@ -490,7 +508,7 @@ func destroyStubborn(t *testing.T, m *machines) {
 	if _, err := tryAsk(t, instance, request{Do: "about"}); err == nil {
 		t.Error("a destroyed machine answers")
 	}
-	if diff := cmp.Diff(m.before, m.harness.Leftovers(t, m.dir)); diff != "" {
+	if diff := cmp.Diff(m.before, m.leftovers(t)); diff != "" {
 		t.Errorf("left behind (-before +after):\n%s", diff)
 	}
 	if v := m.volume(t); v.Busy {
