@@ -38,7 +38,8 @@ type Snapshot struct {
 	Epoch uint32
 	// Leases are the scope's live leases by Seq.
 	Leases []controlplane.Lease
-	// Machines are those of the scope that are not over or not gone.
+	// Machines are those of the scope that are not over or not gone, and those
+	// of Leases.
 	Machines []controlplane.Machine
 	// Volume is the scope's volume, nil before the first machine.
 	Volume *controlplane.Volume
@@ -120,8 +121,6 @@ func (p *plan) endLeases() {
 		switch {
 		case p.Project == nil:
 			*l = l.Finish(p.Now, controlplane.EndRevoked, "the project was deleted")
-		case l.Machine != "" && p.machine(l.Machine) == nil:
-			*l = l.Finish(p.Now, controlplane.EndMachineLost, fmt.Sprintf("machine %s is gone", l.Machine))
 		case l.Machine != "" && p.machine(l.Machine).Over():
 			m := p.machine(l.Machine)
 			*l = l.Finish(p.Now, controlplane.EndMachineLost, fmt.Sprintf("machine %s ended: %s", m.ID, cmp.Or(m.Reason, "it was stopped")))

@@ -66,7 +66,11 @@ func (w *world) snapshot() scheduler.Snapshot {
 		if m.Holds() {
 			taken++
 		}
-		if !m.Over() || m.Holds() {
+		leased := false
+		for _, l := range w.leases {
+			leased = leased || l.Live() && l.Machine == id
+		}
+		if !m.Over() || m.Holds() || leased {
 			s.Machines = append(s.Machines, m)
 		}
 	}

@@ -144,11 +144,30 @@ func (s *Scheduler) load(ctx context.Context, tx controlplane.Tx, sc controlplan
 	if snap.Machines, err = tx.ScopeMachines(ctx, sc); err != nil {
 		return snap, err
 	}
+	if err := addLeased(ctx, tx, &snap); err != nil {
+		return snap, err
+	}
 	if snap.Volume, err = scopeVolume(ctx, tx, sc); err != nil {
 		return snap, err
 	}
 	snap.Pools, err = loadPools(ctx, tx, sc)
 	return snap, err
+}
+
+// addLeased adds the machines of live leases that are gone already: the plan
+// ends those leases, and says what became of their machine.
+func addLeased(ctx context.Context, tx controlplane.Tx, snap *Snapshot) error {
+	for _, l := range snap.Leases {
+		if l.Machine == "" || slices.ContainsFunc(snap.Machines, func(m controlplane.Machine) bool { return m.ID == l.Machine }) {
+			continue
+		}
+		m, err := tx.Machine(ctx, l.Machine)
+		if err != nil {
+			return err
+		}
+		snap.Machines = append(snap.Machines, m)
+	}
+	return nil
 }
 
 func (s *Scheduler) size(name string) controlplane.Size {

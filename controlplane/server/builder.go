@@ -319,7 +319,7 @@ func notices(ctx context.Context, tx controlplane.Tx, m controlplane.Machine) ([
 		}
 		break
 	}
-	return append(out, m.Warnings...), nil
+	return out, nil
 }
 
 // certify signs the client's certificate, and notes until when it is good.

@@ -214,7 +214,7 @@ func (s *Server) noteReport(ctx context.Context, tx controlplane.Tx, m controlpl
 		m.State, m.Draining = controlplane.MachineDraining, m.Seen
 		m.Reason = cmp.Or(req.GetReason(), "it drains on its own")
 	case (req.GetState() == depotv1.MachineState_MACHINE_STATE_STOPPED || req.GetState() == depotv1.MachineState_MACHINE_STATE_FAILED) && !m.Over():
-		m.Reason = cmp.Or(req.GetReason(), m.Reason)
+		m.Reason = cmp.Or(m.Reason, req.GetReason()) // why it was asked to stop says more than that it was
 	}
 	if m.State == was.State && m.Reason == was.Reason && m.Ready.Equal(was.Ready) {
 		return tx.PutMachine(ctx, m)
