@@ -1,18 +1,24 @@
 package machine
 
 import (
+	"context"
 	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
+	"time"
 
 	bkclient "github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/client/llb"
 	"github.com/tonistiigi/fsutil"
+	"golang.org/x/sys/unix"
 
 	"github.com/opendepot/depot/internal/mtls"
 )
@@ -74,8 +80,54 @@ func BenchmarkFront(b *testing.B) {
 	}
 }
 
+// tlsDaemon is a buildkitd that does its own TLS, and a client of it.
+func tlsDaemon(b *testing.B, m *bench) *bkclient.Client {
+	b.Helper()
+	dir := b.TempDir()
+	write := func(name, kind string, der []byte) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
+			b.Fatal(err)
+		}
+		return path
+	}
+	server := certificate(b, m.controlPlane.project, forServer(machineName))
+	key, err := x509.MarshalPKCS8PrivateKey(server.PrivateKey)
+	if err != nil {
+		b.Fatal(err)
+	}
+	probe, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // at once
+	if err != nil {
+		b.Fatal(err)
+	}
+	address := probe.Addr().String()
+	if err := probe.Close(); err != nil {
+		b.Fatal(err)
+	}
+	cmd := exec.CommandContext(context.Background(), program(b, "buildkitd"), //nolint:gosec // the real one
+		"--addr", "tcp://"+address, "--root", filepath.Join(dir, "root"),
+		"--tlscert", write("cert.pem", "CERTIFICATE", server.Certificate[0]),
+		"--tlskey", write("key.pem", "PRIVATE KEY", key),
+		"--tlscacert", write("ca.pem", "CERTIFICATE", m.controlPlane.project.cert.Raw),
+		"--oci-worker-snapshotter", "overlayfs", "--containerd-worker=false", "--otel-socket-path", filepath.Join(dir, "otel.sock"))
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		_ = cmd.Process.Signal(unix.SIGTERM)
+		_ = cmd.Wait()
+	})
+	c := m.clientAt(b, testID("lse", "1"), address)
+	ctx, cancel := context.WithTimeout(b.Context(), 30*time.Second)
+	defer cancel()
+	if err := c.Wait(ctx); err != nil {
+		b.Fatal(err)
+	}
+	return c
+}
+
 // BenchmarkUpload sends a context of 400 MB to a real buildkitd: through the
-// front, and without any TLS to its unix socket.
+// front, to one that does its own TLS, and to a unix socket without TLS.
 func BenchmarkUpload(b *testing.B) {
 	machine := prepare(b)
 	machine.log = slog.New(slog.DiscardHandler)
@@ -91,7 +143,7 @@ func BenchmarkUpload(b *testing.B) {
 	for _, way := range []struct {
 		name   string
 		client *bkclient.Client
-	}{{"front", fronted}, {"unix", plain}} {
+	}{{"front", fronted}, {"own TLS", tlsDaemon(b, machine)}, {"unix", plain}} {
 		b.Run(way.name, func(b *testing.B) {
 			b.SetBytes(uploadBytes)
 			for b.Loop() {

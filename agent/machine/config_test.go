@@ -82,7 +82,7 @@ func TestDaemonSettings(t *testing.T) {
 			config:   host,
 			settings: &depotv1.BuildkitSettings{CacheBytes: 1},
 			want: func(c *config.Config) {
-				c.Workers.OCI.NetworkConfig.Mode = "host"
+				c.Workers.OCI.Mode = "host"
 				c.Workers.OCI.GCPolicy = []config.GCPolicy{{All: true, MaxUsedSpace: config.DiskSpace{Bytes: 1}}}
 			},
 		},
@@ -96,6 +96,7 @@ func TestDaemonSettings(t *testing.T) {
 			want := config.Config{
 				Root: "/var/lib/buildkit", Entitlements: []string{},
 				GRPC:    config.GRPCConfig{Address: []string{"unix:///run/buildkit/buildkitd.sock"}},
+				OTEL:    config.OTELConfig{SocketPath: "/run/buildkit/otel-grpc.sock"},
 				CDI:     config.CDIConfig{Disabled: &yes},
 				History: &config.HistoryConfig{MaxAge: config.Duration{Duration: historyMaxAge}, MaxEntries: &entries},
 				Log:     config.LogConfig{Format: "text"},

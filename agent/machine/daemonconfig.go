@@ -2,6 +2,7 @@ package machine
 
 import (
 	"fmt"
+	"path/filepath"
 	"strconv"
 	"time"
 
@@ -24,6 +25,7 @@ type daemonFile struct {
 	Root         string          `toml:"root"`
 	Entitlements []string        `toml:"insecure-entitlements"`
 	GRPC         daemonGRPC      `toml:"grpc"`
+	OTEL         daemonOTEL      `toml:"otel"`
 	CDI          daemonCDI       `toml:"cdi"`
 	History      daemonHistory   `toml:"history"`
 	Worker       daemonWorkers   `toml:"worker"`
@@ -32,6 +34,10 @@ type daemonFile struct {
 
 type daemonGRPC struct {
 	Address []string `toml:"address"`
+}
+
+type daemonOTEL struct {
+	SocketPath string `toml:"socketPath"`
 }
 
 type daemonCDI struct {
@@ -103,6 +109,7 @@ func daemonSettings(c Config, s *depotv1.BuildkitSettings) ([]byte, error) {
 		Root:         c.Paths.Root,
 		Entitlements: entitlements,
 		GRPC:         daemonGRPC{Address: []string{"unix://" + c.Paths.socket()}},
+		OTEL:         daemonOTEL{SocketPath: filepath.Join(c.Paths.Work, "otel-grpc.sock")},
 		CDI:          daemonCDI{Disabled: true},
 		History:      daemonHistory{MaxAge: historyMaxAge.String(), MaxEntries: historyMaxEntries},
 		Log:          daemonLogFormat{Format: "text"},

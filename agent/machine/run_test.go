@@ -158,10 +158,16 @@ func (b *bench) dial(tb testing.TB, config *tls.Config) (*tls.Conn, error) {
 // client is a BuildKit client through the front.
 func (b *bench) client(tb testing.TB, lease string) *bkclient.Client {
 	tb.Helper()
+	return b.clientAt(tb, lease, b.address)
+}
+
+// clientAt is the same for another address.
+func (b *bench) clientAt(tb testing.TB, lease, address string) *bkclient.Client {
+	tb.Helper()
 	config := b.tls(tb, lease)
-	c, err := bkclient.New(tb.Context(), "tcp://"+b.address,
+	c, err := bkclient.New(tb.Context(), "tcp://"+address,
 		bkclient.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
-			return (&tls.Dialer{Config: config}).DialContext(ctx, "tcp", b.address)
+			return (&tls.Dialer{Config: config}).DialContext(ctx, "tcp", address)
 		}),
 		bkclient.WithGRPCDialOption(grpc.WithTransportCredentials(insecure.NewCredentials())))
 	if err != nil {

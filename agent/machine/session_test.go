@@ -22,19 +22,21 @@ import (
 // so that time can be the test's.
 type standing struct {
 	*controlPlane
-	*session
+	t        *testing.T // the bubble's
+	session  *session
 	reporter *reporter
 	pipes    *pipes
 }
 
 // inBubble runs test in a bubble of time, with a session that is registered.
-func inBubble(t *testing.T, test func(*testing.T, *standing)) {
+func inBubble(t *testing.T, test func(*standing)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
 		c := makeControlPlane(t, dir)
 		p := newPipes()
 		c.serve(t, p)
+		defer c.stop()
 		if err := os.WriteFile(filepath.Join(dir, "join-token"), []byte("join"), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -56,9 +58,8 @@ func inBubble(t *testing.T, test func(*testing.T, *standing)) {
 			changed: changed, log: slog.New(slog.DiscardHandler),
 		}
 		r.leases.allow(c.id)
-		test(t, &standing{controlPlane: c, session: s, reporter: r, pipes: p})
-		s.client.Close()
-		c.stop()
+		test(&standing{t: t, controlPlane: c, session: s, reporter: r, pipes: p})
+		s.calls().Close()
 	})
 }
 
@@ -78,20 +79,21 @@ func run(t *testing.T, fn func(context.Context)) (stop func()) {
 }
 
 func (s *standing) count() int {
-	s.controlPlane.mu.Lock()
-	defer s.controlPlane.mu.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	return len(s.reports)
 }
 
 func (s *standing) fail(err error) {
-	s.controlPlane.mu.Lock()
-	defer s.controlPlane.mu.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.syncErr = err
 	s.ring()
 }
 
 func TestReportsFollowChanges(t *testing.T) {
-	inBubble(t, func(t *testing.T, s *standing) {
+	inBubble(t, func(s *standing) {
+		t := s.t
 		stop := run(t, s.reporter.run)
 		defer stop()
 		time.Sleep(10 * time.Minute) //nolint:forbidigo // the bubble's time
@@ -119,7 +121,8 @@ func TestReportsFollowChanges(t *testing.T) {
 }
 
 func TestCutOff(t *testing.T) {
-	inBubble(t, func(t *testing.T, s *standing) {
+	inBubble(t, func(s *standing) {
+		t := s.t
 		stop := run(t, s.reporter.run)
 		defer stop()
 		synctest.Wait()
@@ -164,14 +167,15 @@ func TestDirectives(t *testing.T) {
 		"unavailable":  {direct: func(s *standing) { s.fail(connect.NewError(connect.CodeUnavailable, errors.New("down"))) }},
 		"bad anchors":  {direct: func(s *standing) { s.direct(&depotv1.SyncMachineResponse{TrustAnchors: [][]byte{{1}}}) }},
 		"foreign drain": {direct: func(s *standing) {
-			s.controlPlane.mu.Lock()
-			s.controlPlane.id = testID("srv", "2")
-			s.controlPlane.mu.Unlock()
+			s.mu.Lock()
+			s.id = testID("srv", "2")
+			s.mu.Unlock()
 			s.direct(&depotv1.SyncMachineResponse{Drain: true, Now: true, EndedLeases: []string{"a"}})
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inBubble(t, func(t *testing.T, s *standing) {
+			inBubble(t, func(s *standing) {
+				t := s.t
 				stop := run(t, s.reporter.run)
 				defer stop()
 				synctest.Wait()
@@ -193,7 +197,8 @@ func TestDirectives(t *testing.T) {
 }
 
 func TestRenewal(t *testing.T) {
-	inBubble(t, func(t *testing.T, s *standing) {
+	inBubble(t, func(s *standing) {
+		t := s.t
 		// The first certificates were for an hour, renewed at half.
 		stop := run(t, s.session.renew)
 		defer stop()
@@ -212,7 +217,7 @@ func TestRenewal(t *testing.T) {
 		if s.renewals < 10 || s.renewals > 12 {
 			t.Errorf("%d renewals in five and a half hours, want one each half hour", s.renewals)
 		}
-		if _, err := s.calls().Machine.SyncMachine(t.Context(), &depotv1.SyncMachineRequest{MachineId: testID("mch", "1")}); err != nil {
+		if _, err := s.session.calls().Machine.SyncMachine(t.Context(), &depotv1.SyncMachineRequest{MachineId: testID("mch", "1")}); err != nil {
 			t.Errorf("with the renewed identity: %v", err)
 		}
 	})
@@ -306,7 +311,8 @@ func TestRegister(t *testing.T) {
 
 // TestRegisterWaitsForTheRelay: the relay may come up after the machine.
 func TestRegisterWaitsForTheRelay(t *testing.T) {
-	inBubble(t, func(t *testing.T, s *standing) {
+	inBubble(t, func(s *standing) {
+		t := s.t
 		if err := os.WriteFile(s.session.config.Paths.joinToken(), []byte("join"), 0o600); err != nil {
 			t.Fatal(err)
 		}
