@@ -11,6 +11,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/base64"
 	"net"
 	"net/url"
 	"strings"
@@ -403,4 +404,20 @@ func FuzzKeyHash(f *testing.F) {
 			t.Errorf("got %d bytes and error %v", len(hash), err)
 		}
 	})
+}
+
+// weakRSA returns a request with a key of 1024 bits, made once with OpenSSL: Go
+// refuses to make one.
+func weakRSA(t *testing.T) []byte {
+	t.Helper()
+	csr, err := base64.StdEncoding.DecodeString(
+		"MIIBTjCBuAIBADAPMQ0wCwYDVQQDDAR3ZWFrMIGfMA0GCSqGSIb3DQEBAQUAA4GNADCBiQKBgQDF5398n33D6C60SH/xJRryBsKg" +
+			"hGPRG9rIPt1ud09Ezg0aylxrUuG3uDPKgGwpPB1eAG+lJsuV1WQ31qGyX+SfrXHeY3AvV/bRlSjPS4Ay8v7GWdOrNipCDrDVr4l2" +
+			"+oIFNZqCNmxmWbrFwM9baeuT7Xjz3PtU9DRl3+X2d2v9lQIDAQABoAAwDQYJKoZIhvcNAQELBQADgYEAmJLkNZ9/cPD8qmenepVJ" +
+			"PcC/ITprDAbPI7RgtW8nwERRIHO/yfvgBwkY4uVwbjj+e9qrfjOOIa9eFnyurdiVhOcNWETXCLcGfcZI1WkfY/WjNAopoC/ElEuR" +
+			"uaD12+YbRqJrn9xzgny6SGLQIT5jD9Psn9lqt9m86+FsGlAlWCM=")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return csr
 }
