@@ -192,10 +192,11 @@ func (p *pool) unmount() error {
 }
 
 // awaitDetached returns when no loop device has the pool's file. The device
-// detaches at its last close, which may be that of a prober (udev) that opened
-// it for a moment.
+// detaches when its last user goes, which may be a prober (udev) that opened
+// it, or a container that is being started and still has a copy of this host's
+// mounts: both go by themselves.
 func (p *pool) awaitDetached() error {
-	const attempts = 50
+	const attempts, pause = 500, 20 * time.Millisecond
 	for range attempts {
 		device, err := findLoop(p.file)
 		if err != nil || device == nil {
@@ -204,9 +205,9 @@ func (p *pool) awaitDetached() error {
 		if err := device.Close(); err != nil {
 			return err
 		}
-		<-time.After(20 * time.Millisecond)
+		<-time.After(pause)
 	}
-	return fmt.Errorf("%s is unmounted but its loop device stays: another mount namespace still has it mounted", p.file)
+	return fmt.Errorf("%s is unmounted but its loop device stays: another mount namespace still has it mounted (findmnt --task <pid>); it detaches when that ends", p.file)
 }
 
 // space is what a filesystem can hold, in bytes.

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -265,6 +266,28 @@ func TestPool(t *testing.T) {
 		if got := content(t, w); got != "kept" {
 			t.Errorf("after a reboot the volume holds %q", got)
 		}
+	})
+	t.Run("waits for a copy of the mount", func(t *testing.T) {
+		t.Parallel()
+		dir := t.TempDir()
+		s := open(t, dir)
+		// As a container does that is being started while the agent ends.
+		other := exec.CommandContext(t.Context(), os.Args[0], "hold") //nolint:gosec // G204, G702: this test binary
+		other.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
+		stdin, err := other.StdinPipe()
+		must(t, err)
+		must(t, other.Start())
+		closed := make(chan error)
+		go func() { closed <- s.Close() }()
+		for mounted := true; mounted; { // until Close has unmounted it here
+			mounts, err := os.ReadFile("/proc/self/mountinfo")
+			must(t, err)
+			mounted = strings.Contains(string(mounts), dir+"/")
+		}
+		must(t, stdin.Close())
+		must(t, other.Wait())
+		must(t, <-closed)
+		assertNothingLeft(t, dir)
 	})
 	t.Run("half-made is made again", func(t *testing.T) {
 		t.Parallel()

@@ -4,6 +4,7 @@ package providertest
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -358,7 +359,7 @@ func launchRefuses(t *testing.T, m *machines) {
 		refusals["volume id "+name] = refusal{change(func(s *provider.MachineSpec) { s.Volume = id }), provider.ErrUnusable}
 	}
 	for _, name := range []string{"", ".", "..", "../x", "/etc/passwd", "a/b", "nul\x00"} {
-		refusals["file "+name] = refusal{change(func(s *provider.MachineSpec) { s.Files = map[string][]byte{name: nil} }), provider.ErrUnusable}
+		refusals[fmt.Sprintf("file %q", name)] = refusal{change(func(s *provider.MachineSpec) { s.Files = map[string][]byte{name: nil} }), provider.ErrUnusable}
 	}
 	for name, r := range refusals {
 		_, err := m.Launch(t.Context(), r.spec)
