@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -27,8 +27,7 @@ type rig struct {
 
 func newRig(t *testing.T) *rig {
 	t.Helper()
-	r := &rig{server: newServer(t), host: newHost(), dir: t.TempDir()}
-	must(t, os.Chmod(r.dir, 0o700))
+	r := &rig{server: newServer(t), host: newHost(), dir: filepath.Join(t.TempDir(), "state")}
 	r.token = r.parsedToken()
 	return r
 }
@@ -120,8 +119,9 @@ func toStop(n int) *depotv1.MachineOrder {
 	return &depotv1.MachineOrder{Id: id("mch", n), Action: depotv1.MachineOrder_ACTION_STOP}
 }
 
-func toDestroy(n int) *depotv1.MachineOrder {
-	return &depotv1.MachineOrder{Id: id("mch", n), Action: depotv1.MachineOrder_ACTION_DESTROY}
+// toDestroy orders machine 1 away.
+func toDestroy() *depotv1.MachineOrder {
+	return &depotv1.MachineOrder{Id: id("mch", 1), Action: depotv1.MachineOrder_ACTION_DESTROY}
 }
 
 const (
@@ -164,7 +164,7 @@ func TestLifeOfAMachine(t *testing.T) {
 			t.Errorf("reported %v", m)
 		}
 
-		r.order(toDestroy(1))
+		r.order(toDestroy())
 		until(t, "the machine is gone", func() bool { return r.state(1) == unseen })
 		if acts := look(r.host, func(h *host) string { return strings.Join(h.acts, " ") }); acts != "launch commit destroy" {
 			t.Errorf("done: %s", acts)
@@ -288,7 +288,7 @@ func TestPoolIsFull(t *testing.T) {
 		if m := r.machine(id("mch", 4)); m.GetFinal() || !strings.Contains(m.GetReason(), "3 of at most 3") {
 			t.Errorf("reported %v", m)
 		}
-		r.order(toDestroy(1), run(2, 2), run(3, 3), run(4, 4))
+		r.order(toDestroy(), run(2, 2), run(3, 3), run(4, 4))
 		until(t, "it has room", func() bool { return r.state(4) == up })
 	})
 }
@@ -323,7 +323,7 @@ func TestForeignObjectsAreLeftAlone(t *testing.T) {
 		}
 		r.launch()
 		r.orderAll(&depotv1.SyncAgentResponse{
-			Machines: []*depotv1.MachineOrder{toDestroy(1), run(2, 1)}, DeleteVolumes: []string{id("vol", 1)},
+			Machines: []*depotv1.MachineOrder{toDestroy(), run(2, 1)}, DeleteVolumes: []string{id("vol", 1)},
 		})
 		until(t, "the order is refused", func() bool { return r.state(2) == blocked })
 		pass(t, time.Hour)

@@ -149,8 +149,8 @@ func (a *Agent) join(ctx context.Context) error {
 	}
 	if a.cfg.Token.IsZero() {
 		if leaf := a.identity.current.Leaf(); leaf != nil {
-			return fmt.Errorf("the certificate of this agent expired at %s: run `docker depot agent token` "+
-				"and start the agent with that token; it keeps its machines and volumes", leaf.NotAfter.UTC().Format(time.RFC3339))
+			return fmt.Errorf("the certificate of this agent expired at %s: start the agent once more with the token that it joined with, "+
+				"which is good for its key; if that is lost, with one of `docker depot agent token`", leaf.NotAfter.UTC().Format(time.RFC3339))
 		}
 		return errors.New("this agent has not joined a control plane yet: run `docker depot agent token` and give the token in --token-file or DEPOT_AGENT_TOKEN")
 	}
@@ -160,10 +160,10 @@ func (a *Agent) join(ctx context.Context) error {
 	}
 	for failures := 0; ; failures++ {
 		err := a.joinOnce(ctx, csr)
-		switch {
-		case err == nil, ctx.Err() != nil:
-			return nil
-		case !retryable(err):
+		if err == nil || ctx.Err() != nil {
+			return nil //nolint:nilerr // to be told to end is no error
+		}
+		if !retryable(err) {
 			return fmt.Errorf("join the control plane: %w", err)
 		}
 		a.log.WarnContext(ctx, "join", "err", err)

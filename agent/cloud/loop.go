@@ -237,7 +237,7 @@ func (l *loop) seeMachines(b *backend, number uint64, instances []provider.Insta
 	for i := range instances {
 		in := &instances[i]
 		listed[in.ID] = in
-		l.machine(in.ID)
+		l.know(in.ID)
 	}
 	for id, m := range l.machines {
 		in := listed[id]
@@ -252,12 +252,11 @@ func (l *loop) seeMachines(b *backend, number uint64, instances []provider.Insta
 	}
 }
 
-// machine returns what is known of a machine.
-func (l *loop) machine(id string) *machine {
+// know makes room for what is known of a machine.
+func (l *loop) know(id string) {
 	if l.machines[id] == nil {
 		l.machines[id] = &machine{id: id, noted: l.ledger[id]}
 	}
-	return l.machines[id]
 }
 
 // forget drops m if nothing is to be known of it but what the ledger says.

@@ -179,6 +179,12 @@ func (m *machine) report(vol *provider.Volume, foreign bool) *depotv1.ObservedMa
 		o.Reason = "nothing of it is on the host any more (the host was started anew, or it was removed)"
 	case ordered == depotv1.MachineOrder_ACTION_RUN && m.try.err != nil:
 		o.State, o.Reason, o.Final = depotv1.ObservedMachine_STATE_BLOCKED, m.try.err.Error(), m.try.final
+	case m.doing == launch || m.doing == destroy || ordered == depotv1.MachineOrder_ACTION_DESTROY && !m.destroyed:
+		// Absence would mean that nothing of it runs, and free its volume.
+		o.State, o.Reason = depotv1.ObservedMachine_STATE_BLOCKED, "its launch or removal is under way"
+		if m.try.err != nil {
+			o.Reason = m.try.err.Error()
+		}
 	default:
 		return nil
 	}

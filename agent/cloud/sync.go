@@ -164,7 +164,7 @@ func (l *loop) obey(ctx context.Context, now time.Time, resp *depotv1.SyncAgentR
 			continue
 		}
 		named[o.GetId()] = o
-		l.machine(o.GetId())
+		l.know(o.GetId())
 	}
 	for id, m := range l.machines {
 		if !proto.Equal(m.order, named[id]) {

@@ -23,7 +23,8 @@ func execute(ctx context.Context, w world) error {
 	root.SetOut(w.out)
 	root.SetErr(w.errOut)
 	root.CompletionOptions.HiddenDefaultCmd = true
-	root.AddCommand(cloudCommand(w), machineCommand(w), &cobra.Command{
+	root.AddCommand(cloudCommand(w), machineCommand(w)) //nolint:contextcheck // cobra hands the context to RunE
+	root.AddCommand(&cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
 		Args:  cobra.NoArgs,

@@ -140,9 +140,16 @@ func (c *cloudConfig) check() (settings, error) {
 	if s.poolBytes, ok = parseBytes(c.poolSize); !ok {
 		fail("pool-size", c.poolSize, "give a size such as 200GiB, of 1GiB or more")
 	}
+	errs = append(errs, c.checkNetwork(&s), checkHealth(c.health))
+	return s, errors.Join(errs...)
+}
+
+// checkNetwork reads what machines have and may do on the network.
+func (c *cloudConfig) checkNetwork(s *settings) (err error) {
+	var errs []error
 	if c.network != "" {
-		if s.network, err = netip.ParsePrefix(c.network); err != nil {
-			fail("network", c.network, "give an IPv4 network such as 10.213.0.0/16")
+		if s.network, err = netip.ParsePrefix(c.network); err != nil || !s.network.Addr().Is4() {
+			errs = append(errs, fmt.Errorf("--network %q: give an IPv4 network such as 10.213.0.0/16", c.network))
 		}
 	}
 	for _, text := range c.allow {
@@ -155,14 +162,11 @@ func (c *cloudConfig) check() (settings, error) {
 	for _, text := range c.dns {
 		addr, err := netip.ParseAddr(text)
 		if err != nil {
-			fail("dns", text, "give the address of a name server")
+			errs = append(errs, fmt.Errorf("--dns %q: give the address of a name server", text))
 		}
 		s.dns = append(s.dns, addr)
 	}
-	if err := checkHealth(c.health); err != nil {
-		errs = append(errs, err)
-	}
-	return s, errors.Join(errs...)
+	return errors.Join(errs...)
 }
 
 func (c *cloudConfig) readToken() (client.Token, error) {

@@ -39,7 +39,7 @@ func machineCommand(w world) *cobra.Command {
 			}
 			// Signals ask the machine to drain; they do not cut it off.
 			return machine.Run(context.WithoutCancel(cmd.Context()), c, machine.Surroundings{
-				Listener: listener, Terminate: w.terminate, Log: log,
+				Listener: listener, Terminate: w.terminate, Output: cmd.ErrOrStderr(), Log: log,
 			})
 		},
 	}

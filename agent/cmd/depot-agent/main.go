@@ -26,7 +26,7 @@ func main() {
 	})
 	stop()
 	if err != nil {
-		fmt.Fprintf(os.Stderr, "depot-agent: %v\n", err) //nolint:errcheck // there is nobody left to tell
+		fmt.Fprintf(os.Stderr, "depot-agent: %v\n", err)
 		os.Exit(1)
 	}
 }
