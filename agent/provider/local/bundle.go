@@ -227,8 +227,9 @@ func validate(spec provider.MachineSpec) error {
 		return fmt.Errorf("size of %d CPUs and %d bytes: %w: want 0 or more", spec.CPUs, spec.MemoryBytes, provider.ErrUnusable)
 	}
 	for name := range spec.Files {
-		if name != filepath.Base(name) || slices.Contains([]string{"", ".", "..", "/", "relay", "state"}, name) {
-			return fmt.Errorf("file %q: %w: want a plain name, and neither relay nor state", name, provider.ErrUnusable)
+		if strings.Trim(name, lowerCase+strings.ToUpper(lowerCase)+"0123456789-_.") != "" || strings.HasPrefix(name, ".") ||
+			slices.Contains([]string{"", "relay", "state"}, name) {
+			return fmt.Errorf("file %.60q: %w: want a plain name, and neither relay nor state", name, provider.ErrUnusable)
 		}
 	}
 	return nil

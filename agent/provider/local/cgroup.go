@@ -1,12 +1,16 @@
 package local
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -30,23 +34,23 @@ func hierarchies() ([]string, error) {
 	return roots, nil
 }
 
-// removeCgroup removes a cgroup of all hierarchies with all below it, which
-// nothing may run in. No error if there is none.
-func removeCgroup(path string) error {
+// removeCgroup ends what runs in a cgroup, of whatever hierarchy, and removes it
+// with all below it. No error if there is none.
+func removeCgroup(ctx context.Context, path string) error {
 	roots, err := hierarchies()
 	if err != nil {
 		return err
 	}
 	var errs []error
 	for _, root := range roots {
-		errs = append(errs, removeDirs(filepath.Join(root, path)))
+		errs = append(errs, removeBelow(ctx, filepath.Join(root, path)))
 	}
 	return errors.Join(errs...)
 }
 
-// removeDirs removes directories from the leaves up; in a cgroup's, files go
+// removeBelow removes directories from the leaves up; in a cgroup's, files go
 // with the directory and cannot be removed.
-func removeDirs(dir string) error {
+func removeBelow(ctx context.Context, dir string) error {
 	var dirs []string
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
@@ -60,13 +64,66 @@ func removeDirs(dir string) error {
 	if err != nil {
 		return fmt.Errorf("remove cgroup: %w", err)
 	}
-	var errs []error
 	for _, d := range slices.Backward(dirs) {
-		if err := unix.Rmdir(d); err != nil && !errors.Is(err, unix.ENOENT) {
-			errs = append(errs, fmt.Errorf("remove cgroup %s: %w", d, err))
+		if err := endAll(ctx, d); err != nil {
+			return fmt.Errorf("remove cgroup %s: %w", d, err)
+		}
+		if err := rmdir(ctx, d); err != nil {
+			return fmt.Errorf("remove cgroup %s: %w", d, err)
 		}
 	}
-	return errors.Join(errs...)
+	return nil
+}
+
+// endAll ends what a killed runc put into a cgroup and could not record. In the
+// ordinary case nothing is there.
+func endAll(ctx context.Context, dir string) error {
+	b, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for word := range strings.FieldsSeq(string(b)) {
+		pid, err := strconv.Atoi(word)
+		if err != nil {
+			return err
+		}
+		p, err := find(pid)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if err := p.kill(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// rmdir removes one cgroup. For a moment after its last process ended, the
+// kernel may still call it busy.
+func rmdir(ctx context.Context, dir string) error {
+	const patience = 2 * time.Second
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		err := unix.Rmdir(dir)
+		if err == nil || errors.Is(err, unix.ENOENT) {
+			return nil
+		}
+		if !errors.Is(err, unix.EBUSY) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
 }
 
 // outOfMemory reports whether the kernel ended a process of the cgroup itself

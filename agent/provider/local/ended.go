@@ -139,7 +139,7 @@ func (p *Provider) teardown(ctx context.Context, id string) error {
 			return err
 		}
 	}
-	if err := removeCgroup(p.cgroup(id)); err != nil {
+	if err := removeCgroup(ctx, p.cgroup(id)); err != nil {
 		return err
 	}
 	dir := p.machineDir(id)

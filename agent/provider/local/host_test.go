@@ -44,6 +44,10 @@ const (
 )
 
 func TestMain(m *testing.M) {
+	if len(os.Args) == 3 && os.Args[1] == "agent" {
+		agentToKill(os.Args[2])
+		return
+	}
 	if err := isolate(m); err != nil {
 		fmt.Fprintln(os.Stderr, "agent/provider/local:", err)
 		syscall.Exit(1)
@@ -256,45 +260,52 @@ func (r *rig) end(t *testing.T) {
 // noTrace fails if there is anything on the host but an empty provider.
 func (r *rig) noTrace(t *testing.T) {
 	t.Helper()
-	for name, out := range map[string]string{
-		"links":    output(t, "ip", "-br", "link"),
-		"routes":   output(t, "ip", "route", "show", "table", "all"),
-		"nft":      output(t, "nft", "list", "ruleset"),
-		"iptables": output(t, "iptables", "-S"),
-		"mounts":   strings.ReplaceAll(contents(t, "/proc/self/mounts"), "depot "+r.config.Run+" ", ""),
+	if left := traces(t, r.config.State, r.config.Run); len(left) > 0 {
+		t.Errorf("left behind:\n%s", strings.Join(left, "\n"))
+	}
+}
+
+// traces lists what the provider of these directories keeps on the host for
+// machines.
+func traces(t *testing.T, state, run string) []string {
+	t.Helper()
+	key, err := keyOf(state)
+	must(t, err)
+	table, devices := "depot_"+key, "dp"+key+"-"
+	var left []string
+	for _, out := range []string{
+		output(t, "ip", "-br", "link"),
+		output(t, "ip", "route", "show", "table", "all"),
+		output(t, "nft", "list", "tables"),
+		output(t, "iptables", "-S"),
+		strings.ReplaceAll(contents(t, "/proc/self/mounts"), "depot "+run+" ", ""), // the one for all machines
 	} {
-		for _, trace := range []string{r.firewall.name, r.firewall.devices, r.config.Run} {
-			if strings.Contains(out, trace) {
-				t.Errorf("%s: %s is left:\n%s", name, trace, out)
+		for line := range strings.Lines(out) {
+			if strings.Contains(line, table) || strings.Contains(line, devices) || strings.Contains(line, run) {
+				left = append(left, strings.TrimSpace(line))
 			}
 		}
 	}
-	cgroups, err := filepath.Glob("/sys/fs/cgroup/*/" + r.firewall.name)
-	must(t, err)
-	if len(cgroups) > 0 {
-		t.Errorf("cgroups are left: %v", cgroups)
-	}
-	for _, dir := range []string{r.records.dir, filepath.Join(r.config.Run, "machines"), r.runcDir()} {
-		left, err := filepath.Glob(dir + "/*")
+	for _, pattern := range []string{"/sys/fs/cgroup/" + table, "/sys/fs/cgroup/*/" + table, state + "/machines/*", state + "/forwarding.json", run + "/machines/*", run + "/runc/*"} {
+		found, err := filepath.Glob(pattern)
 		must(t, err)
-		if len(left) > 0 {
-			t.Errorf("files are left: %v", left)
-		}
+		left = append(left, found...)
 	}
 	if forwarding := contents(t, "/proc/sys/net/ipv4/conf/up0/forwarding"); forwarding != "0\n" {
-		t.Errorf("forwarding on the uplink is %s, was 0 before", forwarding)
+		left = append(left, "forwarding on the uplink")
 	}
 	for _, proc := range processes(t) {
-		if !strings.Contains(contentsIfAny(proc+"/cgroup"), r.firewall.name) {
+		if !strings.Contains(contentsIfAny(proc+"/cgroup"), table) {
 			continue
 		}
 		// One that has ended is there until its parent, the host's init, looks.
 		pid, err := strconv.Atoi(filepath.Base(proc))
 		must(t, err)
 		if p, err := find(pid); err == nil && p.running() {
-			t.Errorf("process %s of a machine is left", proc)
+			left = append(left, "process "+strings.ReplaceAll(contentsIfAny(proc+"/cmdline"), "\x00", " "))
 		}
 	}
+	return left
 }
 
 func processes(t *testing.T) []string {
@@ -357,9 +368,21 @@ func greeting(t *testing.T, address string) string {
 	return strings.TrimSpace(string(b))
 }
 
-// binaries makes a directory of what `make build` built, with the stand-in in
-// the machine agent's place.
+// binaries makes a directory of programs with the stand-in in the machine
+// agent's place.
 func binaries(t *testing.T, dir string) string {
+	t.Helper()
+	builtPrograms(t, dir)
+	cmd := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(dir, "depot-agent"), "./testdata/standin")
+	cmd.Env = append(cmd.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build the stand-in: %v\n%s", err, out)
+	}
+	return dir
+}
+
+// builtPrograms makes a directory of what `make build` built of upstream's.
+func builtPrograms(t *testing.T, dir string) {
 	t.Helper()
 	must(t, os.Mkdir(dir, 0o700))
 	built, err := filepath.Abs("../../../bin")
@@ -370,12 +393,6 @@ func binaries(t *testing.T, dir string) string {
 		}
 		must(t, os.Symlink(filepath.Join(built, name), filepath.Join(dir, name)))
 	}
-	cmd := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(dir, "depot-agent"), "./testdata/standin")
-	cmd.Env = append(cmd.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("build the stand-in: %v\n%s", err, out)
-	}
-	return dir
 }
 
 func output(t *testing.T, name string, args ...string) string {

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -230,8 +231,8 @@ func (p *Provider) command(ctx context.Context, id string, args ...string) error
 }
 
 // spawn runs runc. What it starts must live on when this process ends, so it
-// shares no pipe, no session and no cancellation with it; runc is given time to
-// end what it began.
+// shares no pipe, no session and no cancellation with it. Runc itself ends with
+// this process: the next one must not find it still at work on what it undoes.
 func (p *Provider) spawn(ctx context.Context, id string, output *os.File, files []*os.File, args ...string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTime)
 	defer cancel()
@@ -240,10 +241,12 @@ func (p *Provider) spawn(ctx context.Context, id string, output *os.File, files 
 	cmd := exec.CommandContext(ctx, p.runc, append(global, args...)...) //nolint:gosec // G204: ids were checked
 	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 	cmd.ExtraFiles = files
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
 	if output != nil {
 		cmd.Stdout, cmd.Stderr = output, output
 	}
+	runtime.LockOSThread() // the kernel takes the end of this thread for the parent's
+	defer runtime.UnlockOSThread()
 	err := cmd.Run()
 	if err != nil {
 		err = fmt.Errorf("runc %s: %w: %s", args[0], err, lastMessage(log))

@@ -107,12 +107,10 @@ func (p *Provider) claim() error {
 			return err
 		}
 	}
-	state, err := filepath.EvalSymlinks(p.config.State)
+	key, err := keyOf(p.config.State)
 	if err != nil {
 		return err
 	}
-	sum := sha256.Sum256([]byte(state))
-	key := hex.EncodeToString(sum[:3])
 	p.firewall = firewall{
 		name: "depot_" + key, devices: "dp" + key + "-", network: p.config.Network, allow: p.config.Allow, deny: p.config.Deny,
 		journal: filepath.Join(p.config.State, "forwarding.json"),
@@ -125,6 +123,17 @@ func (p *Provider) claim() error {
 		return errors.Join(fmt.Errorf("lock %s: %w: another agent uses this directory: stop it, or give this one a directory of its own", p.lock.Name(), err), p.lock.Close())
 	}
 	return nil
+}
+
+// keyOf is a short name for a state directory. What its provider makes on the
+// host carries it: it is found again, and told from other agents'.
+func keyOf(state string) (string, error) {
+	path, err := filepath.EvalSymlinks(state)
+	if err != nil {
+		return "", err
+	}
+	sum := sha256.Sum256([]byte(path))
+	return hex.EncodeToString(sum[:3]), nil
 }
 
 // ready does what Open promises, once the state directory is this provider's.
@@ -217,7 +226,7 @@ func (p *Provider) settle(ctx context.Context) error {
 	}
 	errs := []error{prune(p.rootfsDir(), used)}
 	if len(recs) == 0 {
-		errs = append(errs, p.firewall.down(ctx), removeCgroup("/"+p.firewall.name))
+		errs = append(errs, p.firewall.down(ctx), removeCgroup(ctx, "/"+p.firewall.name))
 	}
 	return errors.Join(errs...)
 }

@@ -122,7 +122,7 @@ func TestExit(t *testing.T) {
 			must(t, unix.Unmount(r.config.Run, 0))
 			must(t, linkDown(r.device(rec.Slot)))
 			must(t, r.firewall.down(t.Context()))
-			must(t, removeCgroup(r.cgroup(rec.ID)))
+			must(t, removeCgroup(t.Context(), r.cgroup(rec.ID)))
 			must(t, r.lock.Close())
 			rec.BootID = "an earlier one"
 			must(t, r.records.write(rec))
