@@ -2,6 +2,7 @@ package machine
 
 import (
 	"bytes"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -167,6 +168,49 @@ func TestSample(t *testing.T) {
 				t.Errorf("got %+v, want %+v", got, want)
 			}
 		})
+	}
+}
+
+// TestSweep removes what containers that were killed left, and nothing else.
+func TestSweep(t *testing.T) {
+	dir := t.TempDir()
+	p := Paths{Root: filepath.Join(dir, "root"), Cgroup: filepath.Join(dir, "cgroup")}
+	executor := filepath.Join(p.Root, "runc-overlayfs", "executor")
+	gone := []string{
+		filepath.Join(executor, "a1", "rootfs"), filepath.Join(executor, "b2"),
+		filepath.Join(p.Cgroup, "memory", "buildkit", "a1"), filepath.Join(p.Cgroup, "buildkit", "b2"),
+	}
+	stays := []string{
+		filepath.Join(p.Root, "runc-overlayfs", "snapshots"), filepath.Join(executor, "runc-log.json"),
+		filepath.Join(p.Cgroup, "memory", "buildkit", "busy", "child"), filepath.Join(p.Cgroup, "memory", "other"),
+	}
+	for _, path := range append(gone, stays...) {
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if filepath.Ext(path) == ".json" {
+			if err := os.WriteFile(path, nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		} else if err := os.Mkdir(path, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := sweep(p, slog.New(slog.DiscardHandler)); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range gone {
+		if _, err := os.Stat(path); !os.IsNotExist(err) {
+			t.Errorf("%s is still there", path)
+		}
+	}
+	for _, path := range stays {
+		if _, err := os.Stat(path); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := sweep(Paths{Root: filepath.Join(dir, "none"), Cgroup: dir}, slog.New(slog.DiscardHandler)); err != nil {
+		t.Errorf("where nothing is: %v", err)
 	}
 }
 

@@ -145,7 +145,7 @@ func (f *front) refused(ctx context.Context, raw net.Conn, err error) {
 	attrs := []any{"peer", raw.RemoteAddr().String(), "err", err}
 	var refusal *notAdmitted
 	if errors.As(err, &refusal) && refusal.name != (mtls.LeafName{}) {
-		attrs = append(attrs, "lease", refusal.name.Lease, "machine", refusal.name.Machine)
+		attrs = append(attrs, "lease", refusal.name.Lease) // err names a foreign machine
 	}
 	f.log.WarnContext(ctx, "client refused", attrs...)
 }

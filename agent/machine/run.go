@@ -175,11 +175,16 @@ func (m *machine) live(ctx context.Context, registered func()) error {
 		return err
 	}
 	if err := m.becomeReady(ctx, d); err != nil {
-		stopErr := d.stop(m.config.Times.Stop)
-		if errors.Is(err, errDrained) && stopErr == nil {
+		if closed(d.done) {
+			return err
+		}
+		if stopErr := d.stop(m.config.Times.Stop); stopErr != nil {
+			return fmt.Errorf("%w; then: %w", err, stopErr)
+		}
+		if errors.Is(err, errDrained) {
 			return syncTree(m.config.Paths.Root)
 		}
-		return errors.Join(err, stopErr)
+		return err
 	}
 	select {
 	case <-d.done:
