@@ -152,9 +152,9 @@ func (s *session) planPlugins(executable string) ([]string, error) {
 	var paths []string
 	for _, name := range []string{depotPlugin, buildxPlugin} {
 		path := filepath.Join(s.paths.Plugins, name)
-		info, err := os.Lstat(path)
+		info, err := os.Stat(path)
 		if err == nil && os.SameFile(info, self) && s.manifest.find(path) == nil {
-			continue
+			continue // the program, or the user's own link to it
 		}
 		paths = append(paths, path)
 	}

@@ -52,7 +52,7 @@ func NewDepotCommand(dockerCli command.Cli, deps Deps) *cobra.Command {
 func Commands(dockerCli command.Cli, deps Deps) []*cobra.Command {
 	a := &app{cli: dockerCli, deps: deps}
 	cmds := []*cobra.Command{
-		a.configureCommand(),
+		a.upCommand(), a.downCommand(), a.configureCommand(),
 		a.loginCommand(), a.logoutCommand(), a.whoamiCommand(),
 		a.projectCommand(), a.tokenCommand(), a.machineCommand(), a.poolCommand(), a.agentCommand(),
 	}
@@ -91,7 +91,7 @@ func showHelp(cmd *cobra.Command, args []string) error {
 	}
 	return cli.StatusError{
 		StatusCode: usageExitCode,
-		Status:     fmt.Sprintf("unknown command %q: run `docker %s --help`", cmd.CommandPath()+" "+args[0], commandPath(cmd)),
+		Status:     fmt.Sprintf("unknown command %q: run `docker %s --help`", "docker "+commandPath(cmd)+" "+args[0], commandPath(cmd)),
 	}
 }
 
