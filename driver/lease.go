@@ -112,7 +112,9 @@ func (l *lease) acquire(ctx context.Context, project *depotv1.ProjectRef, launch
 			if lostSince.IsZero() {
 				lostSince = time.Now()
 			}
-			reason = err.Error()
+			if connect.CodeOf(err) == connect.CodeUnavailable {
+				reason = err.Error()
+			}
 		case err != nil && !launch && connect.CodeOf(err) == connect.CodeFailedPrecondition:
 			return fmt.Errorf("%w: %w", errNoMachine, err)
 		case err != nil:
