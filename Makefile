@@ -54,12 +54,14 @@ check-generated: build/tools/buf build/tools/protoc-gen-go build/tools/protoc-ge
 
 .PHONY: demo
 demo: ## set up everything, build a Dockerfile cold, warm, changed and for two platforms, take it down
+	@hack/demo root
 	@hack/prereqs demo
 	@$(MAKE) --no-print-directory build deps-demo
 	@hack/demo run
 
 .PHONY: up
 up: ## what demo does, but leave it running
+	@hack/demo root
 	@hack/prereqs demo
 	@$(MAKE) --no-print-directory build deps-demo
 	@hack/demo up
