@@ -181,7 +181,7 @@ func (m *machine) report(vol *provider.Volume, foreign bool) *depotv1.ObservedMa
 		o.State, o.Reason, o.Final = depotv1.ObservedMachine_STATE_BLOCKED, m.try.err.Error(), m.try.final
 	case m.doing == launch || m.doing == destroy || ordered == depotv1.MachineOrder_ACTION_DESTROY && !m.destroyed:
 		// Absence would mean that nothing of it runs, and free its volume.
-		o.State, o.Reason = depotv1.ObservedMachine_STATE_BLOCKED, "its launch or removal is under way"
+		o.State = depotv1.ObservedMachine_STATE_BLOCKED
 		if m.try.err != nil {
 			o.Reason = m.try.err.Error()
 		}

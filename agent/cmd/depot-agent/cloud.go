@@ -35,6 +35,11 @@ func runCloud(ctx context.Context, c cloudConfig, w world) (err error) {
 	if unix.Geteuid() != 0 {
 		return errors.New("launching machines on this host needs root: run it with sudo, or as a service of the system")
 	}
+	health, err := listenHealth(ctx, c.health)
+	if err != nil {
+		return err
+	}
+	defer health.Close() //nolint:errcheck // closed already, but for errors
 	state, err := cloud.OpenState(c.stateDir)
 	if err != nil {
 		return err
@@ -75,12 +80,12 @@ func runCloud(ctx context.Context, c cloudConfig, w world) (err error) {
 	if err != nil {
 		return err
 	}
-	return serve(ctx, c, agent, relay, w.version)
+	return serve(ctx, agent, relay, health, w.version)
 }
 
 // serve runs the agent, its relay and its health page until one of them fails
 // or ctx ends.
-func serve(ctx context.Context, c cloudConfig, agent *cloud.Agent, relay *cloud.Relay, version string) error {
+func serve(ctx context.Context, agent *cloud.Agent, relay *cloud.Relay, health net.Listener, version string) error {
 	sockets, err := relay.Listen(ctx)
 	if err != nil {
 		return err
@@ -88,13 +93,7 @@ func serve(ctx context.Context, c cloudConfig, agent *cloud.Agent, relay *cloud.
 	tasks := []func(context.Context) error{
 		agent.Run,
 		func(ctx context.Context) error { return relay.Serve(ctx, sockets) },
-	}
-	if c.health != "" {
-		health, err := new(net.ListenConfig).Listen(ctx, "tcp", c.health)
-		if err != nil {
-			return errors.Join(fmt.Errorf("--health-address %s: %w", c.health, err), sockets.Close())
-		}
-		tasks = append(tasks, func(ctx context.Context) error { return serveHealth(ctx, health, agent.Status, version) })
+		func(ctx context.Context) error { return serveHealth(ctx, health, agent.Status, version) },
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

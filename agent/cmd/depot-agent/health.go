@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -18,6 +19,39 @@ import (
 // readyFor is how long an agent stays ready without an answer: a hanging call
 // is answered within 25 s.
 const readyFor = time.Minute
+
+// listenHealth listens on a loopback address; without one, nowhere.
+func listenHealth(ctx context.Context, address string) (net.Listener, error) {
+	if address == "" {
+		return &nowhere{done: make(chan struct{})}, nil
+	}
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("--health-address %s: %w; give another, or nothing", address, err)
+	}
+	return l, nil
+}
+
+// nowhere is a listener that nobody reaches.
+type nowhere struct {
+	done chan struct{}
+	once sync.Once
+}
+
+// Accept waits for Close.
+func (n *nowhere) Accept() (net.Conn, error) {
+	<-n.done
+	return nil, net.ErrClosed
+}
+
+// Close ends Accept.
+func (n *nowhere) Close() error {
+	n.once.Do(func() { close(n.done) })
+	return nil
+}
+
+// Addr is nobody's.
+func (*nowhere) Addr() net.Addr { return &net.TCPAddr{} }
 
 // serveHealth serves /healthz, /readyz and /metrics until ctx ends.
 func serveHealth(ctx context.Context, l net.Listener, status func() cloud.Status, version string) error {
