@@ -23,6 +23,9 @@ import (
 // usageExitCode is docker's exit code for a command that was used wrongly.
 const usageExitCode = 125
 
+// Vendor is what the docker CLI shows as this program's maker.
+const Vendor = "OpenDepot"
+
 // Deps is what the commands need of the program around them.
 type Deps struct {
 	// Version is the program's, for the server's log and for comparing.
@@ -52,7 +55,7 @@ func NewDepotCommand(dockerCli command.Cli, deps Deps) *cobra.Command {
 func Commands(dockerCli command.Cli, deps Deps) []*cobra.Command {
 	a := &app{cli: dockerCli, deps: deps}
 	cmds := []*cobra.Command{
-		a.upCommand(), a.downCommand(), a.configureCommand(),
+		a.upCommand(), a.downCommand(), a.configureCommand(), a.doctorCommand(),
 		a.loginCommand(), a.logoutCommand(), a.whoamiCommand(),
 		a.projectCommand(), a.tokenCommand(), a.machineCommand(), a.poolCommand(), a.agentCommand(),
 	}

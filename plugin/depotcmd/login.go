@@ -236,7 +236,7 @@ func (a *app) whoami(ctx context.Context, format string) error {
 	}
 	a.println(describe(who))
 	a.println(fmt.Sprintf("Server:  %s (version %s)", acc.config.URL, who.GetServerVersion()))
-	a.println("Token:   from the " + acc.tokenFrom + ", expires " + until(who.GetExpires(), time.Now()))
+	a.println("Token:   from " + acc.tokenFrom + ", expires " + until(who.GetExpires(), time.Now()))
 	return nil
 }
 
