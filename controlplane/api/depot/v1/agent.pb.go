@@ -27,7 +27,8 @@ type ObservedMachine_State int32
 const (
 	// Never sent.
 	ObservedMachine_STATE_UNSPECIFIED ObservedMachine_State = 0
-	// Ordered, but the launch goes on failing; see reason.
+	// Ordered, and not running: its launch goes on failing (see reason), or
+	// its launch or removal is under way. Its volume may be in use.
 	ObservedMachine_STATE_BLOCKED ObservedMachine_State = 1
 	// Its PID 1 runs.
 	ObservedMachine_STATE_RUNNING ObservedMachine_State = 2
