@@ -1,21 +1,15 @@
 package local
 
 import (
-	"bufio"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
-
-	"github.com/opendepot/depot/agent/provider"
 )
 
 const (
@@ -31,30 +25,6 @@ const (
 	// Descriptors that PID 1 finds open: 3 is the door, 4 the volume's lock.
 	listenFDs = 2
 )
-
-// host is what decisions about a machine need to know of this host.
-type host struct {
-	cpus         int
-	memoryBytes  int64
-	capabilities []string // that this process may hand on
-	cgroupV2     bool
-	swapLimits   bool // v1 only: the kernel accounts for swap
-}
-
-// limits caps the size asked for by what the host has.
-func (h host) limits(spec provider.MachineSpec) (cpus int, memoryBytes int64, warnings []string) {
-	cpus, memoryBytes = spec.CPUs, spec.MemoryBytes
-	if cpus > h.cpus {
-		warnings = append(warnings, fmt.Sprintf("%d CPUs were asked for, the host has %d: the machine gets %d", cpus, h.cpus, h.cpus))
-		cpus = h.cpus
-	}
-	if memoryBytes > h.memoryBytes {
-		const mib = 1 << 20
-		warnings = append(warnings, fmt.Sprintf("%d MiB of memory were asked for, the host has %d MiB: the machine gets that", memoryBytes/mib, h.memoryBytes/mib))
-		memoryBytes = h.memoryBytes
-	}
-	return cpus, memoryBytes, warnings
-}
 
 // bundle is what varies from one machine's configuration to another's.
 type bundle struct {
@@ -117,7 +87,7 @@ func (b bundle) config(h host) *specs.Spec {
 			Devices: []specs.LinuxDevice{device("/dev/fuse", 10, 229)},
 			Resources: &specs.LinuxResources{
 				Devices: allowDevices(),
-				Pids:    &specs.LinuxPids{Limit: ptr(int64(pidsMax))},
+				Pids:    &specs.LinuxPids{Limit: new(int64(pidsMax))},
 			},
 			MaskedPaths: []string{
 				"/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list", "/proc/sched_debug", "/proc/scsi", "/sys/firmware",
@@ -140,12 +110,12 @@ func (b bundle) config(h host) *specs.Spec {
 
 func (b bundle) limit(r *specs.LinuxResources, h host) {
 	if b.cpus > 0 {
-		r.CPU = &specs.LinuxCPU{Quota: ptr(int64(b.cpus) * cpuPeriodMicros), Period: ptr(uint64(cpuPeriodMicros))}
+		r.CPU = &specs.LinuxCPU{Quota: new(int64(b.cpus) * cpuPeriodMicros), Period: new(uint64(cpuPeriodMicros))}
 	}
 	if b.memoryBytes > 0 {
-		r.Memory = &specs.LinuxMemory{Limit: ptr(b.memoryBytes)}
+		r.Memory = &specs.LinuxMemory{Limit: new(b.memoryBytes)}
 		if h.cgroupV2 || h.swapLimits {
-			r.Memory.Swap = ptr(b.memoryBytes) // memory and swap together: no swap
+			r.Memory.Swap = new(b.memoryBytes) // memory and swap together: no swap
 		}
 	}
 }
@@ -212,117 +182,11 @@ func writeSecrets(dir string, files map[string][]byte) error {
 	return nil
 }
 
-// validate checks what reaches paths and names.
-func validate(spec provider.MachineSpec) error {
-	if err := validID(spec.ID); err != nil {
-		return fmt.Errorf("machine id: %w", err)
-	}
-	if err := validID(spec.Volume); err != nil {
-		return fmt.Errorf("volume id: %w", err)
-	}
-	if spec.Arch != "amd64" && spec.Arch != "arm64" {
-		return fmt.Errorf("architecture %q: %w: want amd64 or arm64", spec.Arch, provider.ErrUnusable)
-	}
-	if spec.CPUs < 0 || spec.MemoryBytes < 0 {
-		return fmt.Errorf("size of %d CPUs and %d bytes: %w: want 0 or more", spec.CPUs, spec.MemoryBytes, provider.ErrUnusable)
-	}
-	for name := range spec.Files {
-		if strings.Trim(name, lowerCase+strings.ToUpper(lowerCase)+"0123456789-_.") != "" || strings.HasPrefix(name, ".") ||
-			slices.Contains([]string{"", "relay", "state"}, name) {
-			return fmt.Errorf("file %.60q: %w: want a plain name, and neither relay nor state", name, provider.ErrUnusable)
-		}
-	}
-	return nil
-}
-
-// validID allows ids as the control plane makes them, a kind and a UUID: they
-// become names of files, containers and cgroups.
-func validID(id string) error {
-	kind, number, _ := strings.Cut(id, "_")
-	if kind == "" || len(kind) > 16 || strings.Trim(kind, lowerCase) != "" || len(number) != 32 || strings.Trim(number, "0123456789abcdef") != "" {
-		return fmt.Errorf("%.60q: %w: want an id such as machine_0190f1c2a3b47c5d8e9f0a1b2c3d4e5f", id, provider.ErrUnusable)
-	}
-	return nil
-}
-
-const lowerCase = "abcdefghijklmnopqrstuvwxyz"
-
 // hostname is the id in letters that host names may have.
 func hostname(id string) string { return strings.ReplaceAll(id, "_", "-") }
 
-// machineCapabilities is what a machine gets, as far as the host has it:
-// containers of its own need most of these; RUN steps get fewer by far.
-func machineCapabilities() []string {
-	return []string{
-		"CAP_AUDIT_WRITE", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_FSETID", "CAP_IPC_LOCK", "CAP_IPC_OWNER",
-		"CAP_KILL", "CAP_LEASE", "CAP_LINUX_IMMUTABLE", "CAP_MKNOD", "CAP_NET_ADMIN", "CAP_NET_BIND_SERVICE", "CAP_NET_BROADCAST", "CAP_NET_RAW",
-		"CAP_SETFCAP", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_ADMIN", "CAP_SYS_CHROOT", "CAP_SYS_NICE", "CAP_SYS_PTRACE",
-		"CAP_SYS_RESOURCE", "CAP_SYS_TTY_CONFIG",
-	}
-}
-
-// held leaves out what is not in the host's mask: sandboxes and nested hosts
-// take CAP_SYS_RESOURCE away, and runc fails if it is to hand on what it does
-// not have. The numbers are those of linux/capability.h.
-func held(mask uint64) []string {
-	const inOrder = "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE NET_BROADCAST " +
-		"NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE " +
-		"SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP"
-	numbers := strings.Fields(inOrder)
-	return slices.DeleteFunc(machineCapabilities(), func(name string) bool {
-		n := slices.Index(numbers, strings.TrimPrefix(name, "CAP_"))
-		return n < 0 || mask&(1<<n) == 0
-	})
-}
-
-// thisHost reads what the host has.
-func thisHost() (host, error) {
-	h := host{cpus: runtime.NumCPU()}
-	meminfo, err := procValue("/proc/meminfo", "MemTotal:")
-	if err != nil {
-		return host{}, err
-	}
-	kib, err := strconv.ParseInt(meminfo, 10, 64)
-	if err != nil {
-		return host{}, fmt.Errorf("read the host's memory: %w", err)
-	}
-	h.memoryBytes = kib << 10
-	bounding, err := procValue("/proc/self/status", "CapBnd:")
-	if err != nil {
-		return host{}, err
-	}
-	mask, err := strconv.ParseUint(bounding, 16, 64)
-	if err != nil {
-		return host{}, fmt.Errorf("read this process's capabilities: %w", err)
-	}
-	h.capabilities = held(mask)
-	var fs unix.Statfs_t
-	if err := unix.Statfs(cgroupRoot, &fs); err != nil {
-		return host{}, fmt.Errorf("look at %s: %w", cgroupRoot, err)
-	}
-	h.cgroupV2 = fs.Type == unix.CGROUP2_SUPER_MAGIC
-	h.swapLimits = exists(filepath.Join(cgroupRoot, "memory/memory.memsw.limit_in_bytes"))
-	return h, nil
-}
-
-// procValue finds the first word after a key in a file of lines.
-func procValue(path, key string) (value string, err error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return "", err
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	lines := bufio.NewScanner(f)
-	for lines.Scan() {
-		if fields := strings.Fields(lines.Text()); len(fields) > 1 && fields[0] == key {
-			return fields[1], nil
-		}
-	}
-	return "", errors.Join(fmt.Errorf("%s has no %s", path, key), lines.Err())
-}
-
 func device(path string, major, minor int64) specs.LinuxDevice {
-	return specs.LinuxDevice{Path: path, Type: "c", Major: major, Minor: minor, FileMode: ptr(os.FileMode(0o666))}
+	return specs.LinuxDevice{Path: path, Type: "c", Major: major, Minor: minor, FileMode: new(os.FileMode(0o666))}
 }
 
 // allowDevices names the devices of a machine; runc makes all but fuse itself.
@@ -333,12 +197,10 @@ func allowDevices() []specs.LinuxDeviceCgroup {
 		{Allow: false, Access: "rwm"},
 		{Allow: true, Type: "c", Access: "m"},
 		{Allow: true, Type: "b", Access: "m"},
-		{Allow: true, Type: "c", Major: ptr(int64(136)), Access: "rwm"}, // pseudo-terminals
+		{Allow: true, Type: "c", Major: new(int64(136)), Access: "rwm"}, // pseudo-terminals
 	}
 	for _, n := range [][2]int64{{1, 3}, {1, 5}, {1, 7}, {1, 8}, {1, 9}, {5, 0}, {5, 1}, {5, 2}, {10, 229}} {
-		rules = append(rules, specs.LinuxDeviceCgroup{Allow: true, Type: "c", Major: ptr(n[0]), Minor: ptr(n[1]), Access: "rwm"})
+		rules = append(rules, specs.LinuxDeviceCgroup{Allow: true, Type: "c", Major: new(n[0]), Minor: new(n[1]), Access: "rwm"})
 	}
 	return rules
 }
-
-func ptr[T any](v T) *T { return &v }

@@ -78,7 +78,7 @@ func removeBelow(ctx context.Context, dir string) error {
 // endAll ends what a killed runc put into a cgroup and could not record. In the
 // ordinary case nothing is there.
 func endAll(ctx context.Context, dir string) error {
-	b, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	b, err := os.ReadFile(filepath.Join(dir, "cgroup.procs")) //nolint:gosec // G304: a file of the kernel's
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

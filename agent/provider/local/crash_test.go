@@ -48,7 +48,7 @@ func tell(moment string, err error) {
 // destroy; after each, the next agent can launch the same machine, and nothing
 // is left once it destroyed it.
 func TestKilledAgent(t *testing.T) {
-	seed := uint64(time.Now().UnixNano()) //nolint:gosec // G115: any number will do
+	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0)) //nolint:gosec // G404: this is a test's dice
 	r := newRig(t)
@@ -86,7 +86,7 @@ func (r *rig) killAgent(t *testing.T, moment string, after time.Duration) {
 	t.Helper()
 	self, err := os.Executable()
 	must(t, err)
-	cmd := exec.CommandContext(t.Context(), self, "agent", filepath.Dir(r.config.State))
+	cmd := exec.CommandContext(t.Context(), self, "agent", filepath.Dir(r.config.State)) //nolint:gosec // G204: this very program
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	stdout, err := cmd.StdoutPipe()
@@ -106,7 +106,7 @@ func (r *rig) killAgent(t *testing.T, moment string, after time.Duration) {
 	must(t, cmd.Process.Kill())
 	_, err = io.Copy(io.Discard, stdout)
 	must(t, err)
-	if err := cmd.Wait(); err == nil && !strings.Contains(cmd.ProcessState.String(), "exit status 0") {
-		t.Fatalf("kill: %v", cmd.ProcessState)
+	if err := cmd.Wait(); err == nil {
+		t.Logf("the agent was done before it could be killed, %v after %s", after, moment)
 	}
 }

@@ -189,7 +189,7 @@ func (f firewall) rules(forward string) []rule {
 // forwarded packets: in DOCKER-USER, which Docker keeps for this, or else at the
 // head of FORWARD. Nothing to do where there is no iptables.
 func (f firewall) besideIptables(ctx context.Context) error {
-	if _, err := exec.LookPath("iptables"); err != nil {
+	if !onPath("iptables") {
 		return nil
 	}
 	chain := "FORWARD"
@@ -210,7 +210,7 @@ func (f firewall) besideIptables(ctx context.Context) error {
 // removeIptables removes every rule that carries the provider's comment,
 // whichever chain it is in and whatever was allowed when it was made.
 func (f firewall) removeIptables(ctx context.Context) error {
-	if _, err := exec.LookPath("iptables"); err != nil {
+	if !onPath("iptables") {
 		return nil
 	}
 	out, err := exec.CommandContext(ctx, "iptables", "-w", "5", "-S").Output()
@@ -236,8 +236,7 @@ func (f firewall) removeIptables(ctx context.Context) error {
 }
 
 func firewalld() bool {
-	_, err := exec.LookPath("firewall-cmd")
-	return err == nil && exists("/run/firewalld.pid")
+	return onPath("firewall-cmd") && exists("/run/firewalld.pid")
 }
 
 // forward lets the kernel forward answers from the uplinks, and journals what it
@@ -307,6 +306,11 @@ func (f firewall) journaled() ([]string, error) {
 		return nil, fmt.Errorf("read %s: %w", f.journal, err)
 	}
 	return on, nil
+}
+
+func onPath(name string) bool {
+	_, err := exec.LookPath(name)
+	return err == nil
 }
 
 // run runs a program; its error quotes what the program said.

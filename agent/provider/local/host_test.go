@@ -79,7 +79,7 @@ func isolate(m *testing.M) error {
 	if err != nil {
 		return err
 	}
-	cmd := exec.Command(self, os.Args[1:]...) //nolint:noctx // it ends with this process
+	cmd := exec.Command(self, os.Args[1:]...) //nolint:gosec,noctx // G204, G702: this very program; it ends with this process
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
 	runtime.LockOSThread() // the death of the thread that starts it is what Pdeathsig waits for
@@ -373,7 +373,7 @@ func greeting(t *testing.T, address string) string {
 func binaries(t *testing.T, dir string) string {
 	t.Helper()
 	builtPrograms(t, dir)
-	cmd := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(dir, "depot-agent"), "./testdata/standin")
+	cmd := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(dir, "depot-agent"), "./testdata/standin") //nolint:gosec // G204: the test's own directory
 	cmd.Env = append(cmd.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("build the stand-in: %v\n%s", err, out)
@@ -399,7 +399,7 @@ func output(t *testing.T, name string, args ...string) string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 2*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, name, args...)
+	cmd := exec.CommandContext(ctx, name, args...) //nolint:gosec // G204: what the tests name
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -411,13 +411,13 @@ func output(t *testing.T, name string, args ...string) string {
 
 func contents(t *testing.T, path string) string {
 	t.Helper()
-	b, err := os.ReadFile(path)
+	b, err := os.ReadFile(path) //nolint:gosec // G304: what the tests name
 	must(t, err)
 	return string(b)
 }
 
 func contentsIfAny(path string) string {
-	b, err := os.ReadFile(path)
+	b, err := os.ReadFile(path) //nolint:gosec // G304: what the tests name
 	if err != nil {
 		return ""
 	}

@@ -203,7 +203,7 @@ func (p *Provider) create(ctx context.Context, rec *record, spec provider.Machin
 // note records the process that runc made, so that the machine can be found and
 // ended without runc.
 func (p *Provider) note(rec *record, pidFile string) error {
-	b, err := os.ReadFile(pidFile)
+	b, err := os.ReadFile(pidFile) //nolint:gosec // G304: the id in the path was checked
 	if err != nil {
 		return fmt.Errorf("read the machine's process id: %w", err)
 	}

@@ -119,7 +119,7 @@ func (p *Provider) claim() error {
 	if err != nil {
 		return err
 	}
-	if err := unix.Flock(int(p.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil { //nolint:gosec // G115: descriptors are small
+	if err := unix.Flock(int(p.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return errors.Join(fmt.Errorf("lock %s: %w: another agent uses this directory: stop it, or give this one a directory of its own", p.lock.Name(), err), p.lock.Close())
 	}
 	return nil

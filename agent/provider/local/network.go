@@ -25,8 +25,8 @@ func slots(network netip.Prefix) int { return 1 << (machineBits - network.Bits()
 
 func subnetOf(network netip.Prefix, slot int) subnet {
 	b := network.Addr().As4()
-	n := (uint32(b[0])<<24 | uint32(b[1])<<16 | uint32(b[2])<<8) + uint32(slot)<<8 //nolint:gosec // G115: slots fit by construction
-	return subnet{netip.PrefixFrom(netip.AddrFrom4([4]byte{byte(n >> 24), byte(n >> 16), byte(n >> 8), 0}), machineBits)}
+	n := (uint32(b[0])<<24 | uint32(b[1])<<16 | uint32(b[2])<<8) + uint32(slot)<<8                                        //nolint:gosec // G115: slots fit by construction
+	return subnet{netip.PrefixFrom(netip.AddrFrom4([4]byte{byte(n >> 24), byte(n >> 16), byte(n >> 8), 0}), machineBits)} //nolint:gosec // G115: the bytes of a number
 }
 
 func (s subnet) at(n byte) netip.Addr {

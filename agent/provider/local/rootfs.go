@@ -128,20 +128,13 @@ func skeleton() tree {
 // git copies git with what fetching over HTTPS and SSH and submodules need. The
 // submodule command is a shell script, and git runs its ssh command by a shell.
 func (t tree) git(ctx context.Context, l loader) error {
-	for _, name := range []string{"git", "ssh", "sh"} {
+	for _, name := range []string{"git", "ssh", "sh", "basename", "cat", "expr", "sed", "uname"} {
 		src, err := exec.LookPath(name)
 		if err != nil {
-			return fmt.Errorf("%s is not on this host: install git and openssh-client", name)
+			return fmt.Errorf("%s is not on this host: install git, openssh-client and the usual commands of a shell", name)
 		}
 		if err := t.program(l, "/usr/bin/"+name, src); err != nil {
 			return err
-		}
-	}
-	for _, name := range []string{"basename", "cat", "expr", "sed", "uname"} {
-		if src, err := exec.LookPath(name); err == nil {
-			if err := t.program(l, "/usr/bin/"+name, src); err != nil {
-				return err
-			}
 		}
 	}
 	out, err := exec.CommandContext(ctx, "git", "--exec-path").Output()
@@ -149,12 +142,12 @@ func (t tree) git(ctx context.Context, l loader) error {
 		return fmt.Errorf("ask git for its own directory: %w", err)
 	}
 	dir := strings.TrimSpace(string(out))
+	if !exists(filepath.Join(dir, "git-remote-http")) {
+		return fmt.Errorf("git on this host cannot fetch over HTTPS: %s has no git-remote-http", dir)
+	}
 	for _, name := range []string{"git-remote-http", "git-submodule", "git-sh-setup", "git-sh-i18n", "git-sh-i18n--envsubst"} {
 		src := filepath.Join(dir, name)
-		if _, err := os.Stat(src); err != nil {
-			if name == "git-remote-http" {
-				return fmt.Errorf("git on this host cannot fetch over HTTPS: %w", err)
-			}
+		if !exists(src) {
 			continue // later versions of git have these built in
 		}
 		if err := t.program(l, src, src); err != nil {
@@ -163,7 +156,13 @@ func (t tree) git(ctx context.Context, l loader) error {
 	}
 	t.symlink(merged(filepath.Join(dir, "git")), "/usr/bin/git")
 	t.symlink(merged(filepath.Join(dir, "git-remote-https")), "git-remote-http")
-	// Older C libraries load these by name only when a name is looked up.
+	t.byName(l)
+	return nil
+}
+
+// byName copies the libraries that C libraries load by name, and that the
+// programs do not list: for looking up names, and for ending threads.
+func (t tree) byName(l loader) {
 	for _, name := range []string{"libnss_files.so.2", "libnss_dns.so.2", "libresolv.so.2", "libgcc_s.so.1"} {
 		for _, dir := range l.dirs {
 			if src := filepath.Join(dir, name); exists(src) {
@@ -172,7 +171,6 @@ func (t tree) git(ctx context.Context, l loader) error {
 			}
 		}
 	}
-	return nil
 }
 
 // certificates copies the host's bundle to where Go, git and curl look for it
@@ -216,7 +214,7 @@ func (t tree) hash() (string, error) {
 }
 
 func pour(w io.Writer, src string) error {
-	f, err := os.Open(src)
+	f, err := os.Open(src) //nolint:gosec // G304: a program of the host's
 	if err != nil {
 		return err
 	}
@@ -264,16 +262,16 @@ func (t tree) fill(ctx context.Context, root string) error {
 		if err := os.WriteFile(filepath.Join(root, "etc/ld.so.conf"), []byte(conf), 0o644); err != nil { //nolint:gosec // G306: read by all
 			return err
 		}
-		if out, err := exec.CommandContext(ctx, ldconfig, "-X", "-r", root).CombinedOutput(); err != nil {
-			return fmt.Errorf("ldconfig: %w: %s", err, out)
+		if err := run(ctx, "", ldconfig, "-X", "-r", root); err != nil {
+			return err
 		}
 	}
 	// The name says what is inside; that must be true after a power cut as well.
-	d, err := os.Open(root)
+	d, err := os.Open(root) //nolint:gosec // G304: a directory of the provider's
 	if err != nil {
 		return err
 	}
-	return errors.Join(unix.Syncfs(int(d.Fd())), d.Close()) //nolint:gosec // G115: descriptors are small
+	return errors.Join(unix.Syncfs(int(d.Fd())), d.Close())
 }
 
 func (e entry) make(path string) error {
@@ -292,7 +290,7 @@ func (e entry) make(path string) error {
 			return err
 		}
 	default:
-		f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, e.mode.Perm())
+		f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, e.mode.Perm()) //nolint:gosec // G304: below a directory of the provider's
 		if err != nil {
 			return err
 		}
