@@ -267,11 +267,11 @@ type SyncMachineRequest struct {
 	MachineId string `protobuf:"bytes,1,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"`
 	// The directive revision that the machine has; 0 before the first.
 	HaveRevision uint64 `protobuf:"varint,2,opt,name=have_revision,json=haveRevision,proto3" json:"have_revision,omitempty"`
-	// Starting, ready, draining or stopped, as the machine sees itself.
+	// Starting, ready, draining, stopped or failed, as the machine sees itself.
 	State MachineState `protobuf:"varint,3,opt,name=state,proto3,enum=depot.v1.MachineState" json:"state,omitempty"`
 	// Why, for stopped or failed.
 	Reason string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
-	// Open client connections per lease; leases with none are left out.
+	// Client connections per lease; leases that never had one are left out.
 	Connections []*LeaseConnections `protobuf:"bytes,5,rep,name=connections,proto3" json:"connections,omitempty"`
 	// Use of the machine's resources.
 	Usage *Usage `protobuf:"bytes,6,opt,name=usage,proto3" json:"usage,omitempty"`
