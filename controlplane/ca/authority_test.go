@@ -24,11 +24,11 @@ import (
 	"github.com/opendepot/depot/controlplane/ca"
 )
 
-func newAuthority(t testing.TB) *ca.Authority {
-	t.Helper()
+func newAuthority(tb testing.TB) *ca.Authority {
+	tb.Helper()
 	a, err := ca.New(masterKey(1))
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return a
 }
@@ -44,11 +44,11 @@ func sealed(t *testing.T, a *ca.Authority, owner string) controlplane.SealedAuth
 	return s
 }
 
-func ecdsaKey(t testing.TB, curve elliptic.Curve) *ecdsa.PrivateKey {
-	t.Helper()
+func ecdsaKey(tb testing.TB, curve elliptic.Curve) *ecdsa.PrivateKey {
+	tb.Helper()
 	key, err := ecdsa.GenerateKey(curve, rand.Reader)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return key
 }
@@ -62,11 +62,11 @@ func rsaKey(t *testing.T, bits int) *rsa.PrivateKey {
 	return key
 }
 
-func request(t testing.TB, key crypto.Signer, template x509.CertificateRequest) []byte {
-	t.Helper()
+func request(tb testing.TB, key crypto.Signer, template x509.CertificateRequest) []byte {
+	tb.Helper()
 	csr, err := x509.CreateCertificateRequest(rand.Reader, &template, key)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return csr
 }

@@ -41,9 +41,9 @@ type explainer struct {
 	plans []string   // "SEARCH …" or "SCAN …", with the query
 }
 
-func (e *explainer) Driver() driver.Driver { return &sqlite.Driver{} } //nolint:ireturn // database/sql's signature
+func (e *explainer) Driver() driver.Driver { return &sqlite.Driver{} }
 
-func (e *explainer) Connect(context.Context) (driver.Conn, error) { //nolint:ireturn // database/sql's signature
+func (e *explainer) Connect(context.Context) (driver.Conn, error) {
 	c, err := e.Driver().Open(e.dsn)
 	if err != nil {
 		return nil, err
@@ -68,18 +68,18 @@ func (c *explainedConn) inner() interface {
 	})
 }
 
-func (c *explainedConn) BeginTx(ctx context.Context, o driver.TxOptions) (driver.Tx, error) { //nolint:ireturn // database/sql's signature
+func (c *explainedConn) BeginTx(ctx context.Context, o driver.TxOptions) (driver.Tx, error) {
 	return c.inner().BeginTx(ctx, o)
 }
 
-func (c *explainedConn) QueryContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) { //nolint:ireturn // database/sql's signature
+func (c *explainedConn) QueryContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
 	if err := c.explain(ctx, query, args); err != nil {
 		return nil, err
 	}
 	return c.inner().QueryContext(ctx, query, args)
 }
 
-func (c *explainedConn) ExecContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Result, error) { //nolint:ireturn // database/sql's signature
+func (c *explainedConn) ExecContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Result, error) {
 	if err := c.explain(ctx, query, args); err != nil {
 		return nil, err
 	}
