@@ -17,4 +17,29 @@
 //   - /var/lib/buildkit: the volume's live tree, buildkitd's root.
 //   - buildkitd, buildkit-runc, git, ssh on PATH; CNI plugins in /opt/cni/bin;
 //     /etc/resolv.conf with servers that can be reached from here.
+//
+// # Its life
+//
+// [Run] makes a key that never leaves the process (keys-stay), trades the join
+// token for two certificates, and starts buildkitd. Once that lists its workers
+// the front lets clients in: those whose certificate names this machine and a
+// lease that has not ended (own-lease). Before and after, a client is reset at
+// once, for the listening socket is the launcher's and outlives the machine: in
+// its backlog a client would wait for nobody.
+//
+// One hanging call, SyncMachine, carries everything afterwards. Whatever
+// changes here cuts the call and makes the next; whatever the control plane
+// wants arrives as a directive, all of it each time. A control plane that does
+// not answer changes nothing for those who build (builds-survive); one that
+// does not answer for an hour, while nobody builds, ends the machine in order.
+//
+// # Its end
+//
+// A machine drains: nobody is let in any more, the connections that are open
+// are waited for (or cut, if it is to end now), buildkitd gets TERM, and what
+// it wrote is made durable. Only if buildkitd ended by that TERM and in time is
+// the end clean, and the volume's tree fit to become a generation. Everything
+// else, be it buildkitd's own end or a registration that failed, is unclean and
+// says why, in exit.json and in the last report. A machine that is killed
+// leaves no exit.json, which tells enough.
 package machine
