@@ -23,6 +23,7 @@ type rig struct {
 	host  *host
 	dir   string
 	token client.Token
+	quiet bool // do not show the agents' logs
 }
 
 func newRig(t *testing.T) *rig {
@@ -58,6 +59,10 @@ func (r *rig) launch() *running {
 }
 
 func (r *rig) config(state *State) Config {
+	log := slog.New(slog.DiscardHandler)
+	if !r.quiet {
+		log = slog.New(slog.NewTextHandler(r.t.Output(), nil))
+	}
 	return Config{
 		URL: "https://controlplane:1", Token: r.token, State: state, Name: "host", Version: "1",
 		Pools: []Pool{{
@@ -68,7 +73,7 @@ func (r *rig) config(state *State) Config {
 			return map[string][]byte{"machine.json": []byte(m.ID)}, nil
 		},
 		Dial: r.dial,
-		Log:  slog.New(slog.NewTextHandler(r.t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug})),
+		Log:  log,
 	}
 }
 
