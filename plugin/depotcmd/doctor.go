@@ -112,9 +112,9 @@ func (a *app) doctorCommand() *cobra.Command {
 }
 
 func (a *app) showCheck(c check) {
-	a.println(fmt.Sprintf("%-4s  %-12s  %s", c.Result, c.Link, c.Detail))
+	a.println(fmt.Sprintf("%-4s  %-14s  %s", c.Result, c.Link, c.Detail))
 	if c.Mend != "" {
-		a.println(fmt.Sprintf("      %-12s  -> %s", "", c.Mend))
+		a.println(fmt.Sprintf("      %-14s  -> %s", "", c.Mend))
 	}
 }
 

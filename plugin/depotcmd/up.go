@@ -384,7 +384,6 @@ func (a *app) endMachines(ctx context.Context, c host.Config, s host.Status, tim
 		return nil
 	}
 	if s.ControlPlane == 0 {
-		c.User = host.DefaultUser
 		if err := c.StartControlPlane(ctx); err != nil {
 			return err
 		}

@@ -72,6 +72,7 @@ type Config struct {
 	// AgentArgs are further arguments of the agent.
 	AgentArgs []string
 	// User is whom the control plane runs as; it is made if it is missing.
+	// Empty means the owner of the data that is there.
 	User string
 	// Say tells people what is done.
 	Say func(format string, args ...any)
@@ -159,6 +160,9 @@ func (c Config) StartControlPlane(ctx context.Context) error {
 	}
 	for _, dir := range []string{c.controlPlaneDir(), filepath.Join(c.DataDir, "keys")} {
 		if err := mkdirFor(dir, 0o700, owner.uid, owner.gid); err != nil {
+			return err
+		}
+		if err := chownAll(dir, owner); err != nil {
 			return err
 		}
 	}
@@ -373,6 +377,11 @@ func (c Config) owner(ctx context.Context) (account, error) {
 	if c.User == root.name {
 		return root, nil
 	}
+	if c.User == "" {
+		var stat unix.Stat_t
+		err := unix.Stat(c.controlPlaneDir(), &stat)
+		return account{name: "before", uid: int(stat.Uid), gid: int(stat.Gid)}, err
+	}
 	if closed := closedParent(c.DataDir); closed != "" {
 		c.Say("The control plane runs as root: the user %s could not reach %s, because %s is closed to others. Another --data-dir avoids that.", c.User, c.DataDir, closed)
 		return root, nil
@@ -397,6 +406,17 @@ func (c Config) owner(ctx context.Context) (account, error) {
 	}
 	gid, err := strconv.Atoi(found.Gid)
 	return account{name: c.User, uid: uid, gid: gid}, err
+}
+
+// chownAll gives a directory's files to a user: an earlier start may have been
+// another's. Links are not followed.
+func chownAll(dir string, owner account) error {
+	return filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		return os.Lchown(path, owner.uid, owner.gid)
+	})
 }
 
 // closedParent returns the directory on the way to path, path included, that
