@@ -36,7 +36,11 @@ func TestBuildOnAMachineThatRuns(t *testing.T) {
 	if w.acquired[0].GetLaunch() {
 		t.Error("the lease could have launched a machine, though Info said that one runs")
 	}
-	if err := d.Driver.(bx.BuildPreparer).PrepareBuild(t.Context(), &bx.PrepareBuildOptions{NoOutput: true, Progress: w.screen}); err != nil {
+	preparer, ok := d.Driver.(bx.BuildPreparer)
+	if !ok {
+		t.Fatal("the driver prepares no builds")
+	}
+	if err := preparer.PrepareBuild(t.Context(), &bx.PrepareBuildOptions{NoOutput: true, Progress: w.screen}); err != nil {
 		t.Fatal(err)
 	}
 	if !strings.Contains(w.screen.String(), "[depot] the cache is cold after a recovery") {

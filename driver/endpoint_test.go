@@ -1,7 +1,6 @@
 package driver
 
 import (
-	"errors"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -198,7 +197,7 @@ func TestUnmatchedPlatform(t *testing.T) {
 	}
 	preparer, ok := d.Driver.(bx.BuildPreparer)
 	if !ok {
-		t.Fatal(errors.New("the driver prepares no builds"))
+		t.Fatal("the driver prepares no builds")
 	}
 	err := preparer.PrepareBuild(t.Context(), &bx.PrepareBuildOptions{
 		NoOutput:  true,

@@ -101,40 +101,48 @@ func (l *lease) acquire(ctx context.Context, project *depotv1.ProjectRef, launch
 	req := &depotv1.AcquireLeaseRequest{
 		LeaseId: l.id, Project: project, Arch: l.key.arch, Csr: l.csr, Isolated: l.key.isolated, Launch: launch,
 	}
-	var lostSince time.Time
+	var lostSince time.Time // when the server went away; zero while it is there
 	for said := ""; ; {
 		resp, err := l.api.Builder.AcquireLease(ctx, req)
-		reason := resp.GetReason()
+		var reason string
 		switch {
-		case err != nil && ctx.Err() != nil:
-			return context.Cause(ctx)
-		case err != nil && client.Temporary(err) && (lostSince.IsZero() || time.Since(lostSince) < serverPatience):
+		case err == nil && resp.GetState() == depotv1.LeaseState_LEASE_STATE_READY:
+			return l.becomeReady(resp)
+		case err == nil && resp.GetState() == depotv1.LeaseState_LEASE_STATE_ENDED:
+			return &endedError{arch: l.key.arch, reason: resp.GetReason()}
+		case err == nil:
+			reason, lostSince = resp.GetReason(), time.Time{}
+		default:
 			if lostSince.IsZero() {
 				lostSince = time.Now()
 			}
-			if connect.CodeOf(err) == connect.CodeUnavailable {
-				reason = err.Error()
+			if reason, err = l.waitOut(ctx, err, lostSince, launch); err != nil {
+				return err
 			}
-		case err != nil && !launch && connect.CodeOf(err) == connect.CodeFailedPrecondition:
-			return fmt.Errorf("%w: %w", errNoMachine, err)
-		case err != nil:
-			return err
-		case resp.GetState() == depotv1.LeaseState_LEASE_STATE_READY:
-			return l.becomeReady(resp)
-		case resp.GetState() == depotv1.LeaseState_LEASE_STATE_ENDED:
-			return &endedError{arch: l.key.arch, reason: reason}
-		default:
-			lostSince = time.Time{}
 		}
 		if reason != said && reason != "" {
 			said = reason
 			wait(reason)
 		}
-		if err != nil {
-			if err := pause(ctx, retryAfter); err != nil {
-				return err
-			}
+	}
+}
+
+// waitOut decides about a failed call for a lease: it waits a moment and
+// returns what to tell the user meanwhile, or it returns the error to give up
+// with.
+func (l *lease) waitOut(ctx context.Context, err error, lostSince time.Time, launch bool) (reason string, _ error) {
+	switch {
+	case ctx.Err() != nil:
+		return "", context.Cause(ctx)
+	case client.Temporary(err) && time.Since(lostSince) < serverPatience:
+		if connect.CodeOf(err) == connect.CodeUnavailable {
+			reason = err.Error()
 		}
+		return reason, pause(ctx, retryAfter)
+	case !launch && connect.CodeOf(err) == connect.CodeFailedPrecondition:
+		return "", fmt.Errorf("%w: %w", errNoMachine, err)
+	default:
+		return "", err
 	}
 }
 
@@ -151,6 +159,9 @@ func (l *lease) becomeReady(resp *depotv1.AcquireLeaseResponse) error {
 		return fmt.Errorf("machine %s is behind the gateway %q, which this version cannot use: update the depot plugin", e.GetMachineId(), e.GetVia())
 	}
 	l.machine, l.address, l.serverName, l.emulated = e.GetMachineId(), e.GetAddress(), e.GetServerName(), e.GetEmulated()
+	if resp.GetServerTime() == nil || resp.GetCertificate().GetRenewAfter() == nil {
+		return fmt.Errorf("lease %s: the server's answer lacks its time or the certificate's renewal: update the server", l.id)
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.heard, l.serverTime = time.Now(), resp.GetServerTime().AsTime()
@@ -251,7 +262,7 @@ func (l *lease) install(resp *depotv1.RenewLeaseResponse) {
 	if at := resp.GetServerTime(); at != nil {
 		l.heard, l.serverTime = time.Now(), at.AsTime()
 	}
-	if c := resp.GetCertificate(); len(c.GetChain()) > 0 && l.identity.Install(l.own, c.GetChain()) == nil {
+	if c := resp.GetCertificate(); len(c.GetChain()) > 0 && c.GetRenewAfter() != nil && l.identity.Install(l.own, c.GetChain()) == nil {
 		l.renewAfter = c.GetRenewAfter().AsTime()
 	}
 }

@@ -15,7 +15,7 @@ import (
 // The environment variables that are read.
 const (
 	EnvURL     = "DEPOT_API_URL"    // the server's URL
-	EnvToken   = "DEPOT_TOKEN"      //nolint:gosec // the variable's name, no token
+	EnvToken   = "DEPOT_TOKEN"      // the caller's token
 	EnvProject = "DEPOT_PROJECT_ID" // a project's id, or organization/project
 	EnvCAFile  = "DEPOT_CA_FILE"    // PEM; authorities to trust instead of the system's
 )
