@@ -276,7 +276,7 @@ func (s *session) checkBuilder(name string) error {
 	if _, err := store.ValidateName(name); err != nil {
 		return fmt.Errorf("builder name %q is not valid: use letters, digits, '.', '_' and '-', a letter first", name)
 	}
-	text, err := os.ReadFile(filepath.Join(s.paths.Buildx, "instances", name))
+	text, err := os.ReadFile(filepath.Join(s.paths.Buildx, "instances", name)) //nolint:gosec // the name was checked
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

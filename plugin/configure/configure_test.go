@@ -20,7 +20,7 @@ import (
 	"github.com/opendepot/depot/controlplane/api/depot/v1/depotv1connect"
 	"github.com/opendepot/depot/driver"
 	"github.com/opendepot/depot/driver/credentials"
-	"github.com/opendepot/depot/plugin/internal/servertest"
+	"github.com/opendepot/depot/plugin/servertest"
 )
 
 func containsText(s, part string) bool { return strings.Contains(s, part) }
@@ -134,7 +134,7 @@ func (h *host) tree() map[string]string {
 		content := ""
 		switch {
 		case info.Mode().IsRegular():
-			text, err := os.ReadFile(path)
+			text, err := os.ReadFile(path) //nolint:gosec // a test reads its own directory
 			if err != nil {
 				return err
 			}
@@ -165,7 +165,7 @@ func (h *host) read(name string) string {
 
 func writeTestFile(t *testing.T, path, content string) {
 	t.Helper()
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil { //nolint:gosec // as users have it
 		t.Fatal(err)
 	}
 	mode := fs.FileMode(0o644)
@@ -394,7 +394,7 @@ func TestExtraDirsAndLinksAreRestored(t *testing.T) {
 	writeTestFile(t, filepath.Join(extra, "docker-buildx"), "#!/bin/sh\nexit 1\n")
 	h := newHost(t, map[string]string{"real.json": fmt.Sprintf(`{"cliPluginsExtraDirs":[%q]}`, extra)})
 	h.must(os.Symlink("real.json", h.path("config.json")))
-	h.must(os.MkdirAll(h.path("cli-plugins"), 0o755))
+	h.must(os.MkdirAll(h.path("cli-plugins"), 0o755)) //nolint:gosec // as users have it
 	h.must(os.Symlink("/usr/bin/elsewhere", h.path("cli-plugins/docker-buildx")))
 	h.reload()
 	before := h.tree()
@@ -429,7 +429,7 @@ func TestDockerRunsTheInstalledPlugin(t *testing.T) {
 	h := newHost(t, map[string]string{"config.json": fmt.Sprintf(`{"cliPluginsExtraDirs":[%q]}`, extra)})
 	writeTestFile(t, h.options.Executable, plugin("ours"))
 	build := func() string {
-		cmd := exec.CommandContext(t.Context(), docker, "buildx", "ls") //nolint:gosec // the CLI under test
+		cmd := exec.CommandContext(t.Context(), docker, "buildx", "ls")
 		cmd.Env = append(os.Environ(), "DOCKER_CONFIG="+h.dir)
 		out, err := cmd.CombinedOutput()
 		if err != nil {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -51,7 +52,7 @@ func (t jsonText) object(start int) ([]member, int) {
 		if err != nil {
 			break // cannot be: the text is valid
 		}
-		m.key, _ = key.(string) //nolint:errcheck // an object's key is a string
+		m.key, _ = key.(string) // an object's key is a string
 		m.valueAt = t.skip(start + int(dec.InputOffset()))
 		var value json.RawMessage
 		if err := dec.Decode(&value); err != nil {
@@ -75,9 +76,9 @@ func (t jsonText) skip(at int) int {
 // find returns the last member with that key, as decoders take it. Top-level
 // keys are compared like encoding/json does for structs: in any case.
 func find(members []member, key string, fold bool) (member, bool) {
-	for i := len(members) - 1; i >= 0; i-- {
-		if members[i].key == key || fold && strings.EqualFold(members[i].key, key) {
-			return members[i], true
+	for _, m := range slices.Backward(members) {
+		if m.key == key || fold && strings.EqualFold(m.key, key) {
+			return m, true
 		}
 	}
 	return member{}, false
@@ -153,8 +154,8 @@ func (t jsonText) remove(parent, key string, prune bool) jsonText {
 		at = m.valueAt
 	}
 	members, end := t.object(at)
-	for i := len(members) - 1; i >= 0; i-- {
-		if members[i].key != key {
+	for i, m := range slices.Backward(members) {
+		if m.key != key {
 			continue
 		}
 		switch {
@@ -163,7 +164,7 @@ func (t jsonText) remove(parent, key string, prune bool) jsonText {
 		case i == 0:
 			return t.splice(members[0].keyStart, members[1].keyStart, "")
 		default:
-			return t.splice(members[i-1].valueTo, members[i].valueTo, "")
+			return t.splice(members[i-1].valueTo, m.valueTo, "")
 		}
 	}
 	return t

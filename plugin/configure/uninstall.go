@@ -41,8 +41,7 @@ func (s *session) uninstall(ctx context.Context) error {
 		return context.Cause(ctx)
 	}
 	var errs []error
-	for i := len(s.manifest.Files) - 1; i >= 0; i-- {
-		entry := s.manifest.Files[i]
+	for _, entry := range slices.Backward(s.manifest.Files) {
 		if s.inStore(entry.Path) {
 			continue
 		}

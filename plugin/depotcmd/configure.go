@@ -7,7 +7,7 @@ import (
 	"net/url"
 	"strings"
 
-	"github.com/opendepot/depot/controlplane/api/depot/v1"
+	depotv1 "github.com/opendepot/depot/controlplane/api/depot/v1"
 	"github.com/opendepot/depot/controlplane/client"
 	"github.com/opendepot/depot/driver"
 	"github.com/opendepot/depot/driver/credentials"
@@ -50,7 +50,7 @@ func (a *app) configureCommand() *cobra.Command {
 	flags.StringVar(&f.builder, "builder", defaultBuilder, "The builder's name")
 	flags.BoolVar(&f.defaultLoad, "default-load", false, "Load images into the local engine when a build names no output")
 	flags.BoolVar(&f.uninstall, "uninstall", false, "Put back what was there before")
-	completeFlag(cmd, "project", a.completeProjects)
+	a.completeProjectFlag(cmd)
 	return cmd
 }
 

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"flag"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -17,10 +18,10 @@ import (
 	"github.com/docker/cli/cli"
 	"github.com/docker/cli/cli/command"
 	"github.com/google/go-cmp/cmp"
-	"github.com/opendepot/depot/controlplane/api/depot/v1"
+	depotv1 "github.com/opendepot/depot/controlplane/api/depot/v1"
 	"github.com/opendepot/depot/controlplane/api/depot/v1/depotv1connect"
 	"github.com/opendepot/depot/driver/credentials"
-	"github.com/opendepot/depot/plugin/internal/servertest"
+	"github.com/opendepot/depot/plugin/servertest"
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/testing/protocmp"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -216,7 +217,7 @@ func golden(t *testing.T, path, got string) {
 			t.Fatal(err)
 		}
 	}
-	want, err := os.ReadFile(path)
+	want, err := os.ReadFile(path) //nolint:gosec // a file of the repository
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -255,9 +256,7 @@ func TestRefusals(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			b := newBench(t)
-			for k, v := range test.env {
-				b.env[k] = v
-			}
+			maps.Copy(b.env, test.env)
 			out, _, err := b.run(strings.Split(test.args, " ")...)
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("error = %v, want %q in it", err, test.want)
@@ -363,7 +362,7 @@ func TestLoginAndLogout(t *testing.T) {
 
 func TestCompletion(t *testing.T) {
 	t.Parallel()
-	for args, want := range map[string]string{
+	for args, want := range map[string]string{ //nolint:gosec // no credentials
 		"__complete project inspect ":          "acme/api\nacme/web\n:4\n",
 		"__complete project inspect acme/api ": "acme/web\n:4\n",
 		"__complete machine stop ":             "mch_1\nmch_2\n:4\n",

@@ -14,7 +14,7 @@ import (
 	"github.com/docker/buildx/store/storeutil"
 	"github.com/docker/cli/cli"
 	"github.com/docker/cli/cli-plugins/manager"
-	"github.com/opendepot/depot/controlplane/api/depot/v1"
+	depotv1 "github.com/opendepot/depot/controlplane/api/depot/v1"
 	"github.com/opendepot/depot/controlplane/client"
 	"github.com/opendepot/depot/driver"
 	"github.com/spf13/cobra"
@@ -160,28 +160,30 @@ func (d *doctor) failed() bool {
 }
 
 // checkPlugin asks the CLI's own code which file it takes for a plugin.
-func (d *doctor) checkPlugin(name string, root *cobra.Command) bool {
+func (d *doctor) checkPlugin(name string, root *cobra.Command) {
 	link := "docker-" + name
 	p, err := manager.GetPlugin(name, d.cli, &cobra.Command{Use: root.Name()})
 	switch {
 	case err != nil:
-		return d.fail(link, mendConfigure, "the docker CLI finds no such plugin: %v", err)
+		d.fail(link, mendConfigure, "the docker CLI finds no such plugin: %v", err)
 	case p.Err != nil:
-		return d.fail(link, mendConfigure, "%s cannot be used: %v", p.Path, p.Err)
+		d.fail(link, mendConfigure, "%s cannot be used: %v", p.Path, p.Err)
 	case p.Vendor != Vendor:
-		return d.fail(link, mendConfigure, "the docker CLI takes %s, by %q, version %s", p.Path, p.Vendor, p.Version)
+		d.fail(link, mendConfigure, "the docker CLI takes %s, by %q, version %s", p.Path, p.Vendor, p.Version)
 	case p.Version != d.deps.Version:
-		return d.warn(link, "run `docker depot configure` with the version that you want", "%s has version %s, this program has %s", p.Path, p.Version, d.deps.Version)
+		d.warn(link, "run `docker depot configure` with the version that you want", "%s has version %s, this program has %s", p.Path, p.Version, d.deps.Version)
+	default:
+		d.ok(link, "%s, version %s", p.Path, p.Version)
 	}
-	return d.ok(link, "%s, version %s", p.Path, p.Version)
 }
 
-func (d *doctor) checkAlias() bool {
+func (d *doctor) checkAlias() {
 	config := d.cli.ConfigFile()
 	if alias := config.Aliases["builder"]; alias != "buildx" {
-		return d.warn("alias", mendConfigure, "%s has no alias that leads `docker build` to buildx: it ignores the current builder", config.Filename)
+		d.warn("alias", mendConfigure, "%s has no alias that leads `docker build` to buildx: it ignores the current builder", config.Filename)
+		return
 	}
-	return d.ok("alias", "`docker build` is `docker buildx build`")
+	d.ok("alias", "`docker build` is `docker buildx build`")
 }
 
 // checkBuilder finds the builder that a build would use.

@@ -140,7 +140,7 @@ func (a *app) confirm(ctx context.Context, question string) error {
 	fmt.Fprintf(a.cli.Err(), "%s [y/N] ", question) //nolint:errcheck // a lost prompt is answered with no
 	answer := make(chan string, 1)
 	go func() {
-		line, _ := bufio.NewReader(a.cli.In()).ReadString('\n') //nolint:errcheck // the end of input is a no
+		line, _ := bufio.NewReader(a.cli.In()).ReadString('\n') // the end of input is a no
 		answer <- line
 	}()
 	select {
@@ -187,9 +187,9 @@ func completeWith(cmd *cobra.Command, flag string, values ...string) {
 	}
 }
 
-// completeFlag registers a completion function for a flag.
-func completeFlag(cmd *cobra.Command, flag string, f cobra.CompletionFunc) {
-	if err := cmd.RegisterFlagCompletionFunc(flag, f); err != nil {
+// completeProjectFlag offers projects for the flag --project.
+func (a *app) completeProjectFlag(cmd *cobra.Command) {
+	if err := cmd.RegisterFlagCompletionFunc("project", a.completeProjects); err != nil {
 		panic(err) // the flag does not exist: a fault of this package
 	}
 }

@@ -9,7 +9,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/opendepot/depot/controlplane/api/depot/v1"
+	depotv1 "github.com/opendepot/depot/controlplane/api/depot/v1"
 	"github.com/opendepot/depot/controlplane/client"
 	"github.com/opendepot/depot/driver/credentials"
 	"github.com/spf13/cobra"
@@ -122,7 +122,7 @@ func (a *app) readToken(fromStdin bool, server string) (string, error) {
 	}
 	fmt.Fprintf(a.cli.Err(), "Token for %s: ", server) //nolint:errcheck // without the prompt the question still stands
 	defer a.notef("")
-	if fd := int(a.cli.In().FD()); term.IsTerminal(fd) { //nolint:gosec // a file descriptor is a small number
+	if fd := int(a.cli.In().FD()); term.IsTerminal(fd) {
 		text, err := term.ReadPassword(fd)
 		if err != nil {
 			return "", fmt.Errorf("read the token: %w", err)

@@ -9,7 +9,7 @@ import (
 
 	"github.com/docker/cli/cli/command/formatter"
 	"github.com/docker/go-units"
-	"github.com/opendepot/depot/controlplane/api/depot/v1"
+	depotv1 "github.com/opendepot/depot/controlplane/api/depot/v1"
 	"github.com/opendepot/depot/controlplane/client"
 	"github.com/spf13/cobra"
 )
@@ -93,7 +93,7 @@ func (a *app) machineListCommand() *cobra.Command {
 	o.install(cmd)
 	cmd.Flags().StringVar(&project, "project", "", "Only those of this project")
 	cmd.Flags().BoolVarP(&all, "all", "a", false, "Also those that have ended")
-	completeFlag(cmd, "project", a.completeProjects)
+	a.completeProjectFlag(cmd)
 	return cmd
 }
 

@@ -11,7 +11,7 @@ import (
 	"github.com/docker/cli/cli/command/formatter"
 	"github.com/docker/go-units"
 	"github.com/google/uuid"
-	"github.com/opendepot/depot/controlplane/api/depot/v1"
+	depotv1 "github.com/opendepot/depot/controlplane/api/depot/v1"
 	"github.com/opendepot/depot/controlplane/client"
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/types/known/durationpb"

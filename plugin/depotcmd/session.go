@@ -6,7 +6,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/opendepot/depot/controlplane/api/depot/v1"
+	depotv1 "github.com/opendepot/depot/controlplane/api/depot/v1"
 	"github.com/opendepot/depot/controlplane/client"
 	"github.com/opendepot/depot/driver/credentials"
 )

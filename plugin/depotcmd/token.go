@@ -7,7 +7,7 @@ import (
 	"time"
 
 	"github.com/docker/cli/cli/command/formatter"
-	"github.com/opendepot/depot/controlplane/api/depot/v1"
+	depotv1 "github.com/opendepot/depot/controlplane/api/depot/v1"
 	"github.com/opendepot/depot/controlplane/client"
 	"github.com/opendepot/depot/driver/credentials"
 	"github.com/spf13/cobra"
@@ -79,7 +79,7 @@ func (a *app) tokenCreateCommand() *cobra.Command {
 	flags.StringVar(&f.organization, "organization", "", "The organization of a person's token")
 	flags.StringVar(&f.role, "role", "", "What it may do: viewer, builder or admin (default builder)")
 	flags.DurationVar(&f.lifetime, "expires", 0, "How long it is good for, like 720h; 0 means until it is deleted")
-	completeFlag(cmd, "project", a.completeProjects)
+	a.completeProjectFlag(cmd)
 	completeWith(cmd, "role", "viewer", "builder", "admin")
 	return cmd
 }
@@ -160,7 +160,7 @@ func (a *app) tokenListCommand() *cobra.Command {
 	}
 	o.install(cmd)
 	cmd.Flags().StringVar(&project, "project", "", "Only those of this project")
-	completeFlag(cmd, "project", a.completeProjects)
+	a.completeProjectFlag(cmd)
 	return cmd
 }
 

@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	"github.com/opendepot/depot/controlplane/api/depot/v1"
+	depotv1 "github.com/opendepot/depot/controlplane/api/depot/v1"
 	"github.com/opendepot/depot/controlplane/client"
 	"github.com/opendepot/depot/driver/credentials"
 	"github.com/opendepot/depot/plugin/host"
@@ -98,7 +98,7 @@ func (a *app) needRoot(cmd *cobra.Command) error {
 	}
 	words := []string{"sudo", executable, cmd.Name()}
 	cmd.Flags().Visit(func(f *pflag.Flag) { words = append(words, "--"+f.Name+"="+f.Value.String()) })
-	return fmt.Errorf("this needs root, because machines are containers of this host. Run:\n\n  %s\n", strings.Join(words, " "))
+	return fmt.Errorf("this needs root, because machines are containers of this host: run `%s`", strings.Join(words, " "))
 }
 
 func (a *app) upCommand() *cobra.Command {

@@ -387,8 +387,7 @@ func (c Config) owner(ctx context.Context) (account, error) {
 		return root, nil
 	}
 	found, err := user.Lookup(c.User)
-	var unknown user.UnknownUserError
-	if errors.As(err, &unknown) {
+	if _, unknown := errors.AsType[user.UnknownUserError](err); unknown {
 		out, failed := exec.CommandContext(ctx, "useradd", "--system", "--user-group", "--no-create-home", //nolint:gosec // the operator chose the name
 			"--home-dir", c.DataDir, "--shell", "/usr/sbin/nologin", c.User).CombinedOutput()
 		if failed != nil {
@@ -409,13 +408,19 @@ func (c Config) owner(ctx context.Context) (account, error) {
 }
 
 // chownAll gives a directory's files to a user: an earlier start may have been
-// another's. Links are not followed.
+// another's. The directory belongs to that user, so nothing in it may lead
+// elsewhere.
 func chownAll(dir string, owner account) error {
-	return filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close() //nolint:errcheck // it was only walked
+	return fs.WalkDir(root.FS(), ".", func(path string, _ fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
-		return os.Lchown(path, owner.uid, owner.gid)
+		return root.Lchown(path, owner.uid, owner.gid)
 	})
 }
 

@@ -25,25 +25,25 @@ import (
 func TestMain(m *testing.M) {
 	switch filepath.Base(os.Args[0]) {
 	case controlPlaneProgram:
-		os.Exit(serveReady("--ops-listen"))
+		os.Exit(serveReady("--ops-listen")) //nolint:forbidigo // the main of a test program
 	case agentProgram:
-		os.Exit(serveReady("--health-address"))
+		os.Exit(serveReady("--health-address")) //nolint:forbidigo // the main of a test program
 	}
-	os.Exit(m.Run())
+	os.Exit(m.Run()) //nolint:forbidigo // the main of a test program
 }
 
 func serveReady(flag string) int {
 	if at := slices.Index(os.Args, "--token-file"); at > 0 {
-		text, err := os.ReadFile(os.Args[at+1])
-		fmt.Fprintln(os.Stderr, "token", strings.TrimSpace(string(text)), err) //nolint:errcheck // the log is read by the test
+		text, err := os.ReadFile(os.Args[at+1]) //nolint:gosec // the test's own argument
+		fmt.Fprintln(os.Stderr, "token", strings.TrimSpace(string(text)), err)
 	}
 	if slices.Contains(os.Args, "--break") {
-		fmt.Fprintln(os.Stderr, "the reason why it broke") //nolint:errcheck // the log is read by the test
+		fmt.Fprintln(os.Stderr, "the reason why it broke")
 		return 3
 	}
 	address := os.Args[slices.Index(os.Args, flag)+1]
 	http.HandleFunc("/readyz", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "ok") }) //nolint:errcheck,gosec // the test sees it
-	fmt.Fprintln(os.Stderr, http.ListenAndServe(address, nil))                                           //nolint:errcheck,gosec // the log is read by the test
+	fmt.Fprintln(os.Stderr, http.ListenAndServe(address, nil))                                           //nolint:gosec // a test's server
 	return 1
 }
 
@@ -53,7 +53,7 @@ func newConfig(t *testing.T) Config {
 	if os.Geteuid() != 0 {
 		t.Fatal("these tests start daemons as other users: run them as root")
 	}
-	dir, err := os.MkdirTemp("/tmp", "depot-host-") // where any user can pass
+	dir, err := os.MkdirTemp("/tmp", "depot-host-") //nolint:usetesting // t.TempDir may be closed to other users
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -82,7 +82,7 @@ func newConfig(t *testing.T) Config {
 
 func copyTestProgram(t *testing.T, to string) {
 	t.Helper()
-	text, err := os.ReadFile(os.Args[0])
+	text, err := os.ReadFile(os.Args[0]) //nolint:gosec // the test's own program
 	if err == nil {
 		err = errors.Join(os.MkdirAll(filepath.Dir(to), 0o755), os.WriteFile(to, text, 0o755)) //nolint:gosec // a program for any user
 	}

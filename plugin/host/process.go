@@ -66,7 +66,7 @@ func (d daemon) running() (*process, error) {
 	p := &process{pid: r.PID, fd: fd}
 	now, err := recordOf(r.PID)
 	if err != nil || now != r || p.ended() {
-		return nil, p.close() //nolint:nilerr // a process that cannot be read has ended
+		return nil, p.close() // a process that cannot be read has ended
 	}
 	return p, nil
 }
