@@ -47,10 +47,10 @@ func (a *agentService) Join(ctx context.Context, req *depotv1.JoinRequest) (*dep
 		if err := tx.PutToken(ctx, token); err != nil {
 			return err
 		}
-		agent = controlplane.Agent{
-			ID: s.newID(controlplane.KindAgent), Name: cmp.Or(req.GetName(), token.Name),
-			Token: token.ID, Key: key, Created: s.Now(),
+		if agent, err = s.joining(ctx, tx, key); err != nil {
+			return err
 		}
+		agent.Token, agent.Name = token.ID, cmp.Or(req.GetName(), agent.Name, token.Name)
 		return tx.PutAgent(ctx, agent)
 	})
 	if err != nil {
@@ -62,6 +62,21 @@ func (a *agentService) Join(ctx context.Context, req *depotv1.JoinRequest) (*dep
 	}
 	s.Log.InfoContext(ctx, "agent joined", "agent", agent.ID, "name", agent.Name)
 	return &depotv1.JoinResponse{AgentId: agent.ID, Identity: identity, ServerId: s.Record.ID}, nil
+}
+
+// joining returns the agent that a new token's key makes: the one that has the
+// key already, whose certificate ran out while it was off, or a new one.
+func (s *Server) joining(ctx context.Context, tx controlplane.Tx, key []byte) (controlplane.Agent, error) {
+	agents, err := tx.Agents(ctx)
+	if err != nil {
+		return controlplane.Agent{}, err
+	}
+	for _, a := range agents {
+		if bytes.Equal(a.Key, key) {
+			return a, nil
+		}
+	}
+	return controlplane.Agent{ID: s.newID(controlplane.KindAgent), Key: key, Created: s.Now()}, nil
 }
 
 func agentOfToken(ctx context.Context, tx controlplane.Tx, t controlplane.Token) (controlplane.Agent, error) {
