@@ -54,7 +54,12 @@ func TestMain(m *testing.M) {
 	}
 }
 
-// isolate runs the tests in a network namespace of their own.
+// standin is where the stand-in for a machine agent is: beside the tests' own
+// program, which `go test` makes and removes.
+func standin(self string) string { return filepath.Join(filepath.Dir(self), "depot-agent-standin") }
+
+// isolate runs the tests in a network namespace of their own, once it has built
+// what they all need.
 func isolate(m *testing.M) error {
 	if os.Geteuid() != 0 {
 		return errors.New("the tests of agent/provider/local make machines and need root: run them as root, or make test-unit for the rest")
@@ -78,6 +83,11 @@ func isolate(m *testing.M) error {
 	self, err := os.Executable()
 	if err != nil {
 		return err
+	}
+	build := exec.Command("go", "build", "-o", standin(self), "./testdata/standin") //nolint:gosec,noctx // G204: the tests' own directory; it ends by itself
+	build.Env = append(build.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("build the stand-in: %w: %s", err, out)
 	}
 	cmd := exec.Command(self, os.Args[1:]...) //nolint:gosec,noctx // G204, G702: this very program; it ends with this process
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
@@ -164,25 +174,14 @@ func configure(name string, prefixes ...string) error {
 
 // echo answers on a TCP and a UDP port of this thread's namespace.
 func echo(addr string) ([]io.Closer, error) {
-	ctx := context.Background()
-	l, err := new(net.ListenConfig).Listen(ctx, "tcp", addr)
+	l, err := echoes("tcp", addr)
 	if err != nil {
 		return nil, err
 	}
-	u, err := new(net.ListenConfig).ListenPacket(ctx, "udp", addr)
+	u, err := new(net.ListenConfig).ListenPacket(context.Background(), "udp", addr)
 	if err != nil {
 		return nil, err
 	}
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			_, _ = io.WriteString(c, "echo")
-			_ = c.Close()
-		}
-	}()
 	go func() {
 		b := make([]byte, 1)
 		for {
@@ -194,6 +193,27 @@ func echo(addr string) ([]io.Closer, error) {
 		}
 	}()
 	return []io.Closer{l, u}, nil
+}
+
+// echoes answers connections with the first byte that it got.
+func echoes(network, addr string) (io.Closer, error) {
+	l, err := new(net.ListenConfig).Listen(context.Background(), network, addr)
+	if err != nil {
+		return nil, err
+	}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				_, _ = io.CopyN(c, c, 1)
+				_ = c.Close()
+			}()
+		}
+	}()
+	return l, nil
 }
 
 // rig is a provider with what it needs, in directories of the test's own.
@@ -373,11 +393,9 @@ func greeting(t *testing.T, address string) string {
 func binaries(t *testing.T, dir string) string {
 	t.Helper()
 	builtPrograms(t, dir)
-	cmd := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(dir, "depot-agent"), "./testdata/standin") //nolint:gosec // G204: the test's own directory
-	cmd.Env = append(cmd.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("build the stand-in: %v\n%s", err, out)
-	}
+	self, err := os.Executable()
+	must(t, err)
+	must(t, os.Symlink(standin(self), filepath.Join(dir, "depot-agent")))
 	return dir
 }
 

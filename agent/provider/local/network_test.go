@@ -2,6 +2,7 @@ package local
 
 import (
 	"encoding/json"
+	"errors"
 	"net"
 	"os"
 	"path/filepath"
@@ -68,6 +69,9 @@ func TestReach(t *testing.T) {
 			spec := specA()
 			spec.Files = map[string][]byte{"buildkitd.toml": []byte(buildkitConfig)}
 			r.launch(t, spec)
+			relayed, err := echoes("unix", filepath.Join(r.config.Relay, "echo.sock"))
+			must(t, err)
+			defer func() { must(t, relayed.Close()) }()
 			neighbour := r.launch(t, provider.MachineSpec{ID: machineB, Arch: "amd64", Volume: volumeB, WriterEpoch: 1})
 
 			want := probes(t, neighbour.Address)
@@ -75,8 +79,13 @@ func TestReach(t *testing.T) {
 			for p := range want {
 				args = append(args, strings.Fields(p)...)
 			}
-			fromMachine := r.inside(t, machineA, append([]string{"probe"}, args...)...)
-			if diff := cmp.Diff(want, answers(t, fromMachine)); diff != "" {
+			const relay = "/run/depot/relay/echo.sock"
+			fromMachine := answers(t, r.inside(t, machineA, append([]string{"probe", "unix", relay}, args...)...))
+			if !fromMachine["unix "+relay] {
+				t.Error("from the machine: the relay does not answer")
+			}
+			delete(fromMachine, "unix "+relay)
+			if diff := cmp.Diff(want, fromMachine); diff != "" {
 				t.Errorf("from the machine (-want +got):\n%s", diff)
 			}
 			// A socket's path is short.
@@ -174,4 +183,31 @@ func TestOpenRefuses(t *testing.T) {
 		})
 	}
 	r.open(t)
+}
+
+func TestNoCapacity(t *testing.T) {
+	specB := provider.MachineSpec{ID: machineB, Arch: "amd64", Volume: volumeB, WriterEpoch: 1}
+	for name, test := range map[string]struct {
+		change func(c *Config)
+		want   string
+	}{
+		"no network": {func(c *Config) { c.Network = mustPrefix(t, "10.213.9.0/24") }, "all 1 networks"},
+		"no port":    {func(c *Config) { c.LastPort = c.FirstPort }, "all ports from 40000 to 40000"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t)
+			test.change(&r.config)
+			r.reopen(t)
+			r.launch(t, specA())
+			if _, err := r.Launch(t.Context(), specB); !errors.Is(err, provider.ErrNoCapacity) || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("a machine too many: %v", err)
+			}
+			if list, err := r.List(t.Context()); err != nil || len(list) != 1 {
+				t.Errorf("it is listed: %+v, %v", list, err)
+			}
+			must(t, r.Destroy(t.Context(), machineA))
+			r.launch(t, specB)
+			must(t, r.Destroy(t.Context(), machineB))
+		})
+	}
 }

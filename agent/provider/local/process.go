@@ -21,18 +21,26 @@ type process struct {
 
 // find looks up the process that has this number now.
 func find(pid int) (process, error) {
-	_, start, err := stat(pid)
+	start, err := startTicks(pid)
 	return process{pid, start}, err
 }
 
-// running reports whether the process still runs. A zombie does not: the init
-// of a process namespace becomes one only when all others in it are gone.
+// running reports whether any of the process still runs. Its state in /proc
+// would not do: that is of its first thread, and others may still hold
+// descriptors, such as a volume's lock, when that one is a zombie already. The
+// init of a process namespace has ended when all others in it have.
 func (p process) running() bool {
-	state, start, err := stat(p.pid)
-	return err == nil && start == p.start && state != 'Z' && state != 'X'
+	fd, err := p.open()
+	if err != nil {
+		return !errors.Is(err, os.ErrProcessDone) // in doubt it runs
+	}
+	defer unix.Close(fd) //nolint:errcheck // a descriptor of a process has nothing to flush
+	done, err := ended(fd, 0)
+	return err != nil || !done
 }
 
-// open returns a descriptor of the process, os.ErrProcessDone if it has ended.
+// open returns a descriptor of the process, os.ErrProcessDone if there is no
+// such process any more.
 func (p process) open() (int, error) {
 	fd, err := unix.PidfdOpen(p.pid, 0)
 	if errors.Is(err, unix.ESRCH) {
@@ -41,10 +49,20 @@ func (p process) open() (int, error) {
 	if err != nil {
 		return -1, fmt.Errorf("open process %d: %w", p.pid, err)
 	}
-	if !p.running() { // looked at after opening, so it is that very process or none
+	// Looked at after opening, so it is that very process or none.
+	if start, err := startTicks(p.pid); err != nil || start != p.start {
 		return -1, errors.Join(os.ErrProcessDone, unix.Close(fd))
 	}
 	return fd, nil
+}
+
+// ended waits for the end of all threads of a process.
+func ended(fd int, wait time.Duration) (bool, error) {
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(wait.Milliseconds())) //nolint:gosec // G115: descriptors are small
+	if errors.Is(err, unix.EINTR) {
+		err = nil
+	}
+	return n > 0, err
 }
 
 // signal returns os.ErrProcessDone if the process has ended.
@@ -73,32 +91,31 @@ func (p process) kill(ctx context.Context) error {
 	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("kill process %d: %w", p.pid, err)
 	}
+	const notice = 50 * time.Millisecond // at most, of ctx
 	for {
-		// A descriptor of a process is readable once it has ended. The short
-		// timeout only serves ctx.
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int((50 * time.Millisecond).Milliseconds())) //nolint:gosec // G115: descriptors are small
-		switch {
-		case n > 0:
-			return nil
-		case err != nil && !errors.Is(err, unix.EINTR):
+		done, err := ended(fd, notice)
+		if err != nil {
 			return fmt.Errorf("wait for process %d: %w", p.pid, err)
-		case ctx.Err() != nil:
+		}
+		if done {
+			return nil
+		}
+		if ctx.Err() != nil {
 			return fmt.Errorf("process %d was killed but has not ended, its disk may hang: %w", p.pid, ctx.Err())
 		}
 	}
 }
 
-// stat reads the state and start time from /proc/pid/stat; see proc(5).
-func stat(pid int) (state byte, start uint64, err error) {
+// startTicks reads the start time from /proc/pid/stat; see proc(5).
+func startTicks(pid int) (uint64, error) {
 	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
 	if err != nil {
-		return 0, 0, fmt.Errorf("look at process %d: %w", pid, err)
+		return 0, fmt.Errorf("look at process %d: %w", pid, err)
 	}
 	// The name, in parentheses, may hold anything; fields are counted after it.
 	fields := bytes.Fields(b[bytes.LastIndexByte(b, ')')+1:])
 	if len(fields) < 20 {
-		return 0, 0, fmt.Errorf("look at process %d: cannot read its state", pid)
+		return 0, fmt.Errorf("look at process %d: cannot read when it started", pid)
 	}
-	start, err = strconv.ParseUint(string(fields[19]), 10, 64)
-	return fields[0][0], start, err
+	return strconv.ParseUint(string(fields[19]), 10, 64)
 }

@@ -182,7 +182,7 @@ func solve(args []string) error {
 	if err != nil {
 		return err
 	}
-	base := llb.Scratch().File(llb.Copy(llb.Local("context", llb.IncludePatterns([]string{"depot-agent"})), "/depot-agent", "/standin"))
+	base := llb.Scratch().File(llb.Copy(llb.Local("context", llb.IncludePatterns([]string{filepath.Base(self)})), filepath.Base(self), "/standin"))
 	var g errgroup.Group
 	shared := llb.AddMount("/shared", llb.Scratch(), llb.AsPersistentCacheDir("shared", llb.CacheMountShared))
 	for _, names := range [][2]string{{"a", "b"}, {"b", "a"}} {
