@@ -30,15 +30,13 @@ func report(w io.Writer, err error) int {
 	if err == nil {
 		return 0
 	}
-	var status cli.StatusError
-	if errors.As(err, &status) {
+	if status, ok := errors.AsType[cli.StatusError](err); ok {
 		if status.Status != "" {
 			fmt.Fprintln(w, status.Status) //nolint:errcheck // there is nowhere else to say it
 		}
 		return max(1, status.StatusCode)
 	}
-	var code cobrautil.ExitCodeError
-	if errors.As(err, &code) { // it was said before
+	if code, ok := errors.AsType[cobrautil.ExitCodeError](err); ok { // it was said before
 		return int(code)
 	}
 	for _, m := range policysession.DenyMessages(err) {
@@ -54,8 +52,7 @@ func report(w io.Writer, err error) int {
 	} else {
 		fmt.Fprintf(w, "ERROR: %v\n", err) //nolint:errcheck // there is nowhere else to say it
 	}
-	var build *desktop.ErrorWithBuildRef
-	if errors.As(err, &build) {
+	if build, ok := errors.AsType[*desktop.ErrorWithBuildRef](err); ok {
 		_ = build.Print(w)
 	}
 	return exitCode(err)

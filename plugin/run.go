@@ -63,7 +63,7 @@ func Run(ctx context.Context, p Process) int {
 	otel.SetErrorHandler(silent{}) // a collector that is down must not spoil the output
 	cli, err := command.NewDockerCli(command.WithBaseContext(ctx))
 	if err != nil {
-		fmt.Fprintln(os.Stderr, err) //nolint:errcheck // there is nowhere else to say it
+		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	app := newApp(p, cli)
@@ -73,7 +73,10 @@ func Run(ctx context.Context, p Process) int {
 		app.Drivers.ReleaseAll(ctx)
 	}()
 	defer startProfiles(p.Env, cli.Err())()
-	return report(cli.Err(), app.execute(p))
+	if cliplugin.RunningStandalone() {
+		defer app.flushMetrics(ctx)
+	}
+	return report(cli.Err(), app.execute(p)) //nolint:contextcheck // commands run under buildx's own context, which signals end
 }
 
 // newApp wires what the commands share.
@@ -109,7 +112,6 @@ func (a *App) execute(p Process) error {
 		wrapCreate(root, a)
 	}
 	if standalone {
-		defer a.flushMetrics()
 		return root.Execute()
 	}
 	return cliplugin.RunPlugin(a.CLI, root, metadata.Metadata{
@@ -119,9 +121,9 @@ func (a *App) execute(p Process) error {
 
 // flushMetrics sends what was measured. The Docker CLI's library does it for
 // plugins only.
-func (a *App) flushMetrics() {
+func (a *App) flushMetrics(ctx context.Context) {
 	if mp, ok := a.CLI.MeterProvider().(command.MeterProvider); ok {
-		if err := mp.ForceFlush(context.Background()); err != nil { //nolint:contextcheck // the end of the program, whose context may have ended
+		if err := mp.ForceFlush(ctx); err != nil {
 			otel.Handle(err)
 		}
 	}

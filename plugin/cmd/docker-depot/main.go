@@ -17,7 +17,7 @@ import (
 func main() {
 	dir, err := os.Getwd()
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "working directory:", err) //nolint:errcheck // there is nowhere else to say it
+		fmt.Fprintln(os.Stderr, "working directory:", err)
 		os.Exit(1)
 	}
 	os.Exit(plugin.Run(context.Background(), plugin.Process{Args: os.Args, Env: os.Getenv, Dir: dir}))
