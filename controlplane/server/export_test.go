@@ -1,0 +1,6 @@
+package server
+
+import "github.com/opendepot/depot/controlplane"
+
+// Rights is the gate's table.
+func Rights() map[string]controlplane.Right { return rights() }

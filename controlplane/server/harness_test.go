@@ -1,0 +1,445 @@
+package server_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/opendepot/depot/controlplane"
+	depotv1 "github.com/opendepot/depot/controlplane/api/depot/v1"
+	"github.com/opendepot/depot/controlplane/auth"
+	"github.com/opendepot/depot/controlplane/ca"
+	"github.com/opendepot/depot/controlplane/client"
+	"github.com/opendepot/depot/controlplane/scheduler"
+	"github.com/opendepot/depot/controlplane/server"
+	"github.com/opendepot/depot/controlplane/store"
+	"github.com/opendepot/depot/internal/mtls"
+)
+
+// patience bounds what a test waits for; nothing comes near it unless it is
+// broken.
+const patience = 30 * time.Second
+
+// times are long, so that only [controlPlane.pass] reaches a deadline, and hang
+// shortly, so that a call without news ends soon.
+func times() controlplane.Times {
+	t := controlplane.DefaultTimes()
+	t.QuietTTL, t.AgentSilent = 30*time.Second, 30*time.Second
+	t.Hang = 2 * time.Second
+	return t
+}
+
+// controlPlane is a whole control plane in this process, as serve wires it:
+// every part is the real one, but for the clock, which [controlPlane.pass]
+// moves. It can be stopped and started again on the same data directory.
+type controlPlane struct {
+	dir       string
+	masterKey []byte
+	times     controlplane.Times
+	log       *logs
+	operator  string // the administrator's token
+
+	base time.Time
+
+	mu     sync.Mutex // guards passed and the addresses
+	passed time.Duration
+	// clientAddr and agentAddr change with each start; clients dial the current.
+	clientAddr, agentAddr string
+
+	// These are of the current start.
+	store     *store.Store
+	authority *ca.Authority
+	auth      *auth.Authenticator
+	record    controlplane.Server
+	scheduler *scheduler.Scheduler
+	server    *server.Server
+	pin       string
+	stop      func(t testing.TB)
+}
+
+// newControlPlane starts a control plane that ends with the test. change, if
+// set, alters its times.
+func newControlPlane(t testing.TB, change ...func(*controlplane.Times)) *controlPlane {
+	t.Helper()
+	cp := &controlPlane{dir: t.TempDir(), masterKey: make([]byte, 32), times: times(), log: new(logs), base: time.Now()}
+	_, _ = rand.Read(cp.masterKey)
+	for _, c := range change {
+		c(&cp.times)
+	}
+	cp.start(t)
+	t.Cleanup(func() {
+		cp.stop(t)
+		if t.Failed() {
+			t.Log(cp.log.String())
+		}
+	})
+	token, text, err := cp.auth.NewToken(controlplane.Token{Kind: controlplane.TokenUser, Name: "operator", Role: controlplane.RoleAdmin}, cp.now())
+	must(t, err)
+	cp.update(t, func(tx controlplane.Tx) error { return tx.PutToken(t.Context(), token) })
+	cp.operator = text
+	return cp
+}
+
+func (cp *controlPlane) now() time.Time {
+	cp.mu.Lock()
+	defer cp.mu.Unlock()
+	return cp.base.Add(time.Since(cp.base) + cp.passed).UTC()
+}
+
+// pass moves the clock, and has every scope planned by it.
+func (cp *controlPlane) pass(t testing.TB, d time.Duration) {
+	t.Helper()
+	cp.mu.Lock()
+	cp.passed += d
+	cp.mu.Unlock()
+	cp.plan(t)
+}
+
+// plan plans every scope now, beside the scheduler's own loop.
+func (cp *controlPlane) plan(t testing.TB) {
+	t.Helper()
+	var scopes []controlplane.Scope
+	cp.view(t, func(tx controlplane.Tx) (err error) {
+		scopes, err = tx.LiveScopes(t.Context())
+		return err
+	})
+	for _, sc := range scopes {
+		_, err := cp.scheduler.PlanScope(t.Context(), sc)
+		must(t, err)
+	}
+}
+
+// start opens the data directory and serves.
+func (cp *controlPlane) start(t testing.TB) {
+	t.Helper()
+	ctx := t.Context()
+	log := slog.New(slog.NewTextHandler(cp.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	var err error
+	cp.authority, err = ca.New(cp.masterKey)
+	must(t, err)
+	cp.store, err = store.Open(ctx, store.Config{Path: filepath.Join(cp.dir, "depot.db"), Logger: log})
+	must(t, err)
+	cp.begin(t)
+	joinKey, err := cp.authority.Open(cp.record.ID, cp.record.JoinKey)
+	must(t, err)
+	own, err := x509.ParseCertificate(cp.record.TLS.Certificate)
+	must(t, err)
+	cp.pin = mtls.PinOf(own)
+	cp.auth, err = auth.New(auth.Config{Store: cp.store, Pin: cp.pin, Random: rand.Reader, Logger: log})
+	must(t, err)
+	cp.server = server.New(server.Config{
+		Store: cp.store, Authority: cp.authority, Authenticator: cp.auth, Times: cp.times, Sizes: controlplane.DefaultSizes(),
+		Now: cp.now, Record: cp.record, JoinKey: joinKey, Version: "test", Log: log,
+	})
+	cp.scheduler = &scheduler.Scheduler{
+		Store: cp.store, Times: cp.times, Sizes: controlplane.DefaultSizes(), Started: cp.now(), Now: cp.now, Log: log, Planned: cp.server.Planned,
+	}
+	identity := cp.ownIdentity(t)
+	anchors, err := mtls.NewAnchors([][]byte{cp.record.Agents.Certificate})
+	must(t, err)
+	protocols := []string{"h2", "http/1.1"}
+	clients := listen(t, mtls.Server{Identity: identity, NextProtos: protocols}.Config())
+	agents := listen(t, mtls.Server{Identity: identity, Anchors: anchors, Optional: true, NextProtos: protocols, Time: cp.now}.Config())
+	cp.mu.Lock()
+	cp.clientAddr, cp.agentAddr = clients.Addr().String(), agents.Addr().String()
+	cp.mu.Unlock()
+
+	ctx, cancel := context.WithCancel(ctx)
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return cp.scheduler.Run(ctx) })
+	g.Go(func() error { return cp.server.Run(ctx) })
+	g.Go(func() error { return serveHTTP(ctx, clients, cp.server.Clients(), log) })
+	g.Go(func() error { return serveHTTP(ctx, agents, cp.server.Agents(), log) })
+	st := cp.store
+	cp.stop = func(t testing.TB) {
+		t.Helper()
+		cancel()
+		must(t, g.Wait())
+		must(t, st.Close())
+	}
+}
+
+// restart ends the control plane and starts another on its data directory.
+func (cp *controlPlane) restart(t testing.TB) {
+	t.Helper()
+	cp.stop(t)
+	cp.start(t)
+}
+
+// begin raises the epoch of the record, which the first start makes.
+func (cp *controlPlane) begin(t testing.TB) {
+	t.Helper()
+	ctx := t.Context()
+	fresh := controlplane.Server{ID: controlplane.NewID(controlplane.KindServer, cp.now(), rand.Reader), Created: cp.now()}
+	var err error
+	fresh.Agents, err = cp.authority.NewAuthority(fresh.ID, "agents")
+	must(t, err)
+	fresh.TLS, err = cp.authority.NewAuthority(fresh.ID, "control plane")
+	must(t, err)
+	key := make([]byte, 32)
+	_, _ = rand.Read(key)
+	fresh.JoinKey, err = cp.authority.Seal(fresh.ID, key)
+	must(t, err)
+	cp.update(t, func(tx controlplane.Tx) (err error) {
+		if cp.record, err = tx.Server(ctx); controlplane.CodeOf(err) == controlplane.NotFound {
+			cp.record = fresh
+			err = tx.PutOrganization(ctx, controlplane.Organization{ID: controlplane.NewID(controlplane.KindOrganization, cp.now(), rand.Reader), Name: "acme", Created: cp.now()})
+		}
+		if err != nil {
+			return err
+		}
+		cp.record.Epoch++
+		agents, err := tx.Agents(ctx)
+		if err != nil {
+			return err
+		}
+		for _, a := range agents {
+			a.Connected = false
+			if err := tx.PutAgent(ctx, a); err != nil {
+				return err
+			}
+		}
+		return tx.PutServer(ctx, cp.record)
+	})
+}
+
+// ownIdentity is what both listeners show.
+func (cp *controlPlane) ownIdentity(t testing.TB) *mtls.Identity {
+	t.Helper()
+	key, csr := newKey(t)
+	issued, err := cp.authority.Sign(t.Context(), cp.record.TLS, cp.record.ID, controlplane.Leaf{
+		CSR: csr, Usage: controlplane.UsageServer, DNSNames: []string{client.PinnedName},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+	})
+	must(t, err)
+	identity, err := mtls.NewIdentity(key, issued.Chain)
+	must(t, err)
+	return identity
+}
+
+// client returns a client of the listener for clients, with a token's text.
+func (cp *controlPlane) client(t testing.TB, token string) *client.Client {
+	t.Helper()
+	cfg := client.Config{URL: "https://clients.test", Pin: cp.pin, Tries: 1, Dial: cp.dial(func() string { return cp.clientAddr })}
+	if token != "" {
+		var err error
+		cfg.Token, err = client.ParseToken(token)
+		must(t, err)
+	}
+	return newClient(t, cfg)
+}
+
+// agentClient returns a client of the listener for agents and machines.
+func (cp *controlPlane) agentClient(t testing.TB, identity *mtls.Identity) *client.Client {
+	t.Helper()
+	return newClient(t, client.Config{
+		URL: "https://agents.test", Pin: cp.pin, Identity: identity, Tries: 1, Dial: cp.dial(func() string { return cp.agentAddr }),
+	})
+}
+
+func newClient(t testing.TB, cfg client.Config) *client.Client {
+	t.Helper()
+	c, err := client.New(cfg)
+	must(t, err)
+	t.Cleanup(c.Close)
+	return c
+}
+
+// dial connects to where the control plane listens now, whatever the URL says.
+func (cp *controlPlane) dial(addr func() string) func(context.Context, string, string) (net.Conn, error) {
+	return func(ctx context.Context, network, _ string) (net.Conn, error) {
+		cp.mu.Lock()
+		to := addr()
+		cp.mu.Unlock()
+		return new(net.Dialer).DialContext(ctx, network, to)
+	}
+}
+
+func (cp *controlPlane) admin(t testing.TB) *client.Client {
+	t.Helper()
+	return cp.client(t, cp.operator)
+}
+
+// project makes a project, and returns its id and a token that builds in it.
+func (cp *controlPlane) project(t testing.TB, name string, settings *depotv1.ProjectSettings) (id, token string) {
+	t.Helper()
+	c := cp.admin(t)
+	made, err := c.Admin.CreateProject(t.Context(), &depotv1.CreateProjectRequest{Name: name, Settings: settings})
+	must(t, err)
+	id = made.GetProject().GetId()
+	return id, cp.token(t, &depotv1.CreateTokenRequest{Kind: "project", Name: name + "-ci", Project: &depotv1.ProjectRef{Id: id}})
+}
+
+// token makes a token and returns its text.
+func (cp *controlPlane) token(t testing.TB, req *depotv1.CreateTokenRequest) string {
+	t.Helper()
+	made, err := cp.admin(t).Admin.CreateToken(t.Context(), req)
+	must(t, err)
+	return made.GetSecret()
+}
+
+// readyz asks the listener for operators.
+func (cp *controlPlane) readyz(t testing.TB) (status int, body string) {
+	t.Helper()
+	w := httptest.NewRecorder()
+	cp.server.Ops().ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/readyz", nil))
+	return w.Code, w.Body.String()
+}
+
+func (cp *controlPlane) update(t testing.TB, fn func(tx controlplane.Tx) error) {
+	t.Helper()
+	must(t, cp.store.Update(t.Context(), fn))
+}
+
+func (cp *controlPlane) view(t testing.TB, fn func(tx controlplane.Tx) error) {
+	t.Helper()
+	must(t, cp.store.View(t.Context(), fn))
+}
+
+// machineNow, leaseNow and generationNow are what the store holds.
+func (cp *controlPlane) machineNow(t testing.TB, id string) (m controlplane.Machine) {
+	t.Helper()
+	cp.view(t, func(tx controlplane.Tx) (err error) {
+		m, err = tx.Machine(t.Context(), id)
+		return err
+	})
+	return m
+}
+
+func (cp *controlPlane) leaseNow(t testing.TB, id string) (l controlplane.Lease) {
+	t.Helper()
+	cp.view(t, func(tx controlplane.Tx) (err error) {
+		l, err = tx.Lease(t.Context(), id)
+		return err
+	})
+	return l
+}
+
+func (cp *controlPlane) generationNow(t testing.TB, id string) (g controlplane.Generation) {
+	t.Helper()
+	cp.view(t, func(tx controlplane.Tx) (err error) {
+		g, err = tx.Generation(t.Context(), id)
+		return err
+	})
+	return g
+}
+
+// eventually asks until it is so: at each change of a scope, lease, machine or
+// agent, and now and then.
+func (cp *controlPlane) eventually(t testing.TB, what string, so func() bool) {
+	t.Helper()
+	end := time.After(patience)
+	for !so() {
+		select {
+		case <-end:
+			t.Fatalf("waited in vain: %s", what)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+func listen(t testing.TB, config *tls.Config) net.Listener {
+	t.Helper()
+	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	must(t, err)
+	return tls.NewListener(l, config)
+}
+
+func serveHTTP(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger) error {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	protocols.SetHTTP2(true)
+	hs := &http.Server{
+		Handler: h, Protocols: protocols, ReadHeaderTimeout: patience, MaxHeaderBytes: 64 << 10,
+		BaseContext: func(net.Listener) context.Context { return ctx }, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+	done := make(chan error, 1)
+	go func() { done <- hs.Serve(l) }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	}
+	err := hs.Close()
+	<-done
+	return err
+}
+
+// newKey makes a key, and the request for its certificate.
+func newKey(t testing.TB) (key *mtls.Key, csr []byte) {
+	t.Helper()
+	key, err := mtls.NewKey()
+	must(t, err)
+	csr, err = key.CSR()
+	must(t, err)
+	return key, csr
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// refused checks that err has code and that its message has all of words.
+func refused(t testing.TB, err error, code connect.Code, words ...string) {
+	t.Helper()
+	if err == nil {
+		t.Fatalf("not refused, want %s", code)
+	}
+	if got := connect.CodeOf(err); got != code {
+		t.Fatalf("refused with %s (%v), want %s", got, err, code)
+	}
+	has(t, message(err), words...)
+}
+
+// message is what the server said.
+func message(err error) string {
+	if rpc, ok := errors.AsType[*connect.Error](err); ok {
+		return rpc.Message()
+	}
+	return err.Error()
+}
+
+func has(t testing.TB, text string, words ...string) {
+	t.Helper()
+	for _, w := range words {
+		if !strings.Contains(text, w) {
+			t.Fatalf("%q does not say %q", text, w)
+		}
+	}
+}
+
+// logs is a log that can be read while it is written.
+type logs struct {
+	mu  sync.Mutex
+	buf bytes.Buffer // guarded by mu
+}
+
+func (l *logs) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(b)
+}
+
+func (l *logs) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}
