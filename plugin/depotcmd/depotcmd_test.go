@@ -317,6 +317,37 @@ func TestChanges(t *testing.T) {
 	}
 }
 
+// As another user than root, `up` and `down` change nothing and name the one
+// command to run.
+func TestNeedRoot(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		uid  int
+		want string
+	}{
+		"root":    {0, ""},
+		"another": {1000, "sudo "},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newBench(t)
+			dockerCli, err := command.NewDockerCli()
+			if err != nil {
+				t.Fatal(err)
+			}
+			a := &app{cli: dockerCli, deps: b.deps()}
+			cmd := a.upCommand()
+			if err := cmd.ParseFlags([]string{"--port", "9000"}); err != nil {
+				t.Fatal(err)
+			}
+			err = a.needRoot(cmd, test.uid)
+			if test.want == "" && err != nil || test.want != "" && (err == nil || !strings.Contains(err.Error(), test.want) || !strings.Contains(err.Error(), "up --port=9000")) {
+				t.Errorf("needRoot(%d) = %v, want %q in it", test.uid, err, test.want)
+			}
+		})
+	}
+}
+
 // Of several names, those that can be done are done, and each failure is told.
 func TestOneOfSeveralFails(t *testing.T) {
 	t.Parallel()

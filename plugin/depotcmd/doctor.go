@@ -60,8 +60,8 @@ func (d *doctor) ok(link, format string, args ...any) bool {
 	return d.add(check{Link: link, Result: checkOK, Detail: fmt.Sprintf(format, args...)})
 }
 
-func (d *doctor) warn(link, mend, format string, args ...any) bool {
-	return d.add(check{Link: link, Result: checkWarn, Detail: fmt.Sprintf(format, args...), Mend: mend})
+func (d *doctor) warn(link, mend, format string, args ...any) {
+	d.add(check{Link: link, Result: checkWarn, Detail: fmt.Sprintf(format, args...), Mend: mend})
 }
 
 func (d *doctor) fail(link, mend, format string, args ...any) bool {

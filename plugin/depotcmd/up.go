@@ -88,8 +88,8 @@ func (a *app) hostConfig(f *hostFlags) (host.Config, error) {
 }
 
 // needRoot refuses another user, with the one command that helps.
-func (a *app) needRoot(cmd *cobra.Command) error {
-	if os.Geteuid() == 0 {
+func (a *app) needRoot(cmd *cobra.Command, uid int) error {
+	if uid == 0 {
 		return nil
 	}
 	executable, err := a.executable()
@@ -113,7 +113,7 @@ func (a *app) upCommand() *cobra.Command {
 			if f.status {
 				return a.hostStatus(cmd.Context(), f)
 			}
-			if err := a.needRoot(cmd); err != nil {
+			if err := a.needRoot(cmd, os.Geteuid()); err != nil {
 				return err
 			}
 			return a.up(cmd.Context(), f)
@@ -315,7 +315,7 @@ func (a *app) downCommand() *cobra.Command {
 			"the control plane. Caches and settings stay for the next `up`, unless --purge removes them.",
 		Args: exactArgs(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := a.needRoot(cmd); err != nil {
+			if err := a.needRoot(cmd, os.Geteuid()); err != nil {
 				return err
 			}
 			c, err := a.hostConfig(f)

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -91,14 +92,26 @@ func copyTestProgram(t *testing.T, to string) {
 	}
 }
 
+// nextPort makes each test's ports differ. They lie below the range that the
+// kernel gives to outgoing connections, so that none takes one in between.
+var nextPort atomic.Int32 //nolint:gochecknoglobals // shared by parallel tests
+
 func freePort(t *testing.T) int {
 	t.Helper()
-	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	const first, count = 20000, 8000
+	for range count {
+		port := first + (os.Getpid()*16+int(nextPort.Add(1)))%count
+		l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", loopback(port))
+		if err != nil {
+			continue
+		}
+		if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+		return port
 	}
-	defer l.Close()                     //nolint:errcheck // only the number was wanted
-	return l.Addr().(*net.TCPAddr).Port //nolint:errcheck,forcetypeassert // a TCP listener's address
+	t.Fatal("no port is free")
+	return 0
 }
 
 func (c Config) mustStatus(t *testing.T) Status {

@@ -148,7 +148,7 @@ func (d daemon) remember(pid int) error {
 		return err
 	}
 	tmp := d.pidFile + ".new"
-	if err := os.WriteFile(tmp, append(text, '\n'), 0o600); err != nil {
+	if err := os.WriteFile(tmp, append(text, '\n'), 0o644); err != nil { //nolint:gosec // any user may ask for the status
 		return err
 	}
 	return os.Rename(tmp, d.pidFile)
