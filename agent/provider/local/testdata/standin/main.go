@@ -9,11 +9,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"syscall"
 	"time"
@@ -24,16 +26,28 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
+func init() { runtime.LockOSThread() } // so that headless has the first thread
+
 func main() {
-	acts := map[string]func([]string) error{"machine": machine, "probe": probe, "hold": hold, "solve": solve}
+	acts := map[string]func([]string) error{"machine": machine, "probe": probe, "hold": hold, "solve": solve, "headless": headless}
 	if len(os.Args) < 2 || acts[os.Args[1]] == nil {
-		fmt.Fprintln(os.Stderr, "usage: standin machine|probe|hold|solve")
+		fmt.Fprintln(os.Stderr, "usage: standin machine|probe|hold|solve|headless")
 		os.Exit(2)
 	}
 	if err := acts[os.Args[1]](os.Args[2:]); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
+}
+
+// headless ends the process's first thread and lives on until its input ends.
+func headless([]string) error {
+	go func() {
+		io.Copy(io.Discard, os.Stdin)
+		os.Exit(0)
+	}()
+	syscall.RawSyscall(syscall.SYS_EXIT, 0, 0, 0)
+	return nil
 }
 
 const depot = "/run/depot"
