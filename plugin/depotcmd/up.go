@@ -380,8 +380,9 @@ func (a *app) down(ctx context.Context, c host.Config, purge bool, timeout time.
 // they are gone. Only the control plane may order that, and only the agent can
 // do it: one that has died is started again first.
 func (a *app) endMachines(ctx context.Context, c host.Config, s host.Status, timeout time.Duration) error {
-	if s.ControlPlane == 0 && s.Agent == 0 {
-		return nil
+	leftovers, err := c.Leftovers()
+	if err != nil || s.ControlPlane == 0 && s.Agent == 0 && !leftovers {
+		return err
 	}
 	if s.ControlPlane == 0 {
 		if err := c.StartControlPlane(ctx); err != nil {
@@ -395,11 +396,11 @@ func (a *app) endMachines(ctx context.Context, c host.Config, s host.Status, tim
 	config := client.Config{URL: login.URL, Token: login.Token, UserAgent: a.userAgent()}
 	return withConfig(config, func(cl *client.Client) error {
 		machines, err := listMachines(ctx, cl, "", false)
-		if err != nil || len(machines) == 0 {
+		if err != nil || len(machines) == 0 && !leftovers {
 			return err
 		}
-		if s.Agent == 0 {
-			if err := c.StartAgent(ctx, ""); err != nil {
+		if s.Agent == 0 { // also takes down what it finds mounted
+			if err := c.ResumeAgent(ctx); err != nil {
 				return err
 			}
 		}

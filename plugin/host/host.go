@@ -190,7 +190,7 @@ func (c Config) NeedsToken() bool {
 
 // StartAgent starts the agent unless it runs, and waits until the control
 // plane has answered it. The token may be empty if it has joined.
-func (c Config) StartAgent(ctx context.Context, token string) (err error) {
+func (c Config) StartAgent(ctx context.Context, token string) error {
 	d := c.agent()
 	if done, err := c.already(ctx, d, c.HealthPort); done || err != nil {
 		return err
@@ -214,6 +214,45 @@ func (c Config) StartAgent(ctx context.Context, token string) (err error) {
 		args = append(args, "--pool", pool)
 	}
 	args = append(args, c.AgentArgs...)
+	if err := c.rememberAgent(args); err != nil {
+		return err
+	}
+	return c.runAgent(ctx, d, program, args, token)
+}
+
+// ResumeAgent starts the agent as it was started before, so that it finds its
+// machines again.
+func (c Config) ResumeAgent(ctx context.Context) error {
+	d := c.agent()
+	if done, err := c.already(ctx, d, c.HealthPort); done || err != nil {
+		return err
+	}
+	program, err := c.find(agentProgram)
+	if err != nil {
+		return err
+	}
+	text, err := os.ReadFile(c.agentArgsFile())
+	if err != nil {
+		return err
+	}
+	var args []string
+	if err := json.Unmarshal(text, &args); err != nil {
+		return fmt.Errorf("%s is damaged: %w: run `docker depot up` first", c.agentArgsFile(), err)
+	}
+	return c.runAgent(ctx, d, program, args, "")
+}
+
+func (c Config) agentArgsFile() string { return filepath.Join(c.DataDir, "agent.json") }
+
+func (c Config) rememberAgent(args []string) error {
+	text, err := json.Marshal(args)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(c.agentArgsFile(), append(text, '\n'), 0o600)
+}
+
+func (c Config) runAgent(ctx context.Context, d daemon, program string, args []string, token string) (err error) {
 	if token != "" {
 		file := filepath.Join(c.RunDir, "agent.token")
 		if err := os.WriteFile(file, []byte(token+"\n"), 0o600); err != nil {
@@ -287,7 +326,7 @@ func (c Config) Purge() error {
 	}
 	for _, path := range []string{
 		c.controlPlaneDir(), filepath.Join(c.DataDir, "keys"), c.agentDir(), c.logDir(),
-		filepath.Join(c.DataDir, "bin"), c.binariesFile(),
+		filepath.Join(c.DataDir, "bin"), c.binariesFile(), c.agentArgsFile(),
 		filepath.Join(c.RunDir, "relay"), filepath.Join(c.RunDir, "local"),
 	} {
 		if err := os.RemoveAll(path); err != nil {
@@ -300,6 +339,14 @@ func (c Config) Purge() error {
 		}
 	}
 	return nil
+}
+
+// Leftovers reports whether machines may have outlived both daemons: something
+// is mounted in the two directories.
+func (c Config) Leftovers() (bool, error) {
+	data, dataErr := mountsBelow(c.DataDir)
+	run, runErr := mountsBelow(c.RunDir)
+	return len(data)+len(run) > 0, errors.Join(dataErr, runErr)
 }
 
 // mountsBelow lists the mount points at or below dir.
@@ -380,7 +427,7 @@ func (c Config) owner(ctx context.Context) (account, error) {
 	if c.User == "" {
 		var stat unix.Stat_t
 		err := unix.Stat(c.controlPlaneDir(), &stat)
-		return account{name: "before", uid: int(stat.Uid), gid: int(stat.Gid)}, err
+		return account{name: "the owner of its data", uid: int(stat.Uid), gid: int(stat.Gid)}, err
 	}
 	if closed := closedParent(c.DataDir); closed != "" {
 		c.Say("The control plane runs as root: the user %s could not reach %s, because %s is closed to others. Another --data-dir avoids that.", c.User, c.DataDir, closed)

@@ -174,6 +174,40 @@ func TestStartStatusStop(t *testing.T) {
 	}
 }
 
+// An agent that died is started again as it was: with the same ports, say.
+func TestResumeAgent(t *testing.T) {
+	t.Parallel()
+	c := newConfig(t)
+	ctx := t.Context()
+	if err := c.ResumeAgent(ctx); err == nil {
+		t.Error("ResumeAgent without an earlier start succeeded")
+	}
+	c.PortRange = "25000-25001"
+	if err := c.StartAgent(ctx, ""); err != nil {
+		t.Fatal(err)
+	}
+	before := commandLine(t, c.mustStatus(t).Agent)
+	if _, err := c.StopAgent(ctx); err != nil {
+		t.Fatal(err)
+	}
+	c.PortRange = ""
+	if err := c.ResumeAgent(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if after := commandLine(t, c.mustStatus(t).Agent); after != before {
+		t.Errorf("resumed as %q, want %q", after, before)
+	}
+}
+
+func commandLine(t *testing.T, pid int) string {
+	t.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
 func uidOf(t *testing.T, pid int) string {
 	t.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
