@@ -165,6 +165,9 @@ func (p *plan) assign(l *controlplane.Lease, m *controlplane.Machine) {
 		l.State, l.Ready, l.Renewed, l.Reason = controlplane.LeaseReady, p.Now, p.Now, ""
 	case controlplane.MachinePending:
 		l.Reason = fmt.Sprintf("machine %s is being launched on %s%s", m.ID, p.agentName(m.Agent), because(m.Reason))
+		if a := p.agent(m.Agent); a == nil || !a.Connected {
+			l.Reason = fmt.Sprintf("machine %s is to be launched on host %s, which is silent%s: see that its agent runs", m.ID, p.agentName(m.Agent), p.since(a))
+		}
 	default:
 		l.Reason = fmt.Sprintf("machine %s is starting", m.ID)
 	}

@@ -281,6 +281,8 @@ func (s *Server) forgetAgent(ctx context.Context, tx controlplane.Tx, agent cont
 		if err := tx.PutVolume(ctx, v); err != nil {
 			return err
 		}
+		// Who waits for this host's cache goes on elsewhere.
+		tx.Announce(controlplane.TopicScope, controlplane.Scope{Project: v.Project, Arch: v.Arch}.String())
 	}
 	if err := tx.PutPools(ctx, agent.ID, nil); err != nil {
 		return err

@@ -207,6 +207,9 @@ func (s *Server) noteObservation(ctx context.Context, tx controlplane.Tx, id str
 	if err := s.noteVolumes(ctx, tx, agent, req.GetVolumes()); err != nil {
 		return err
 	}
+	if came {
+		announceMachines(tx, machines) // who waits for one is told that its host is back
+	}
 	if came || changed {
 		for _, arch := range controlplane.Arches() {
 			if err := controlplane.WakeQueue(ctx, tx, arch); err != nil {
@@ -271,6 +274,8 @@ func (s *Server) noteMachine(ctx context.Context, tx controlplane.Tx, m controlp
 		}
 	case o.GetState() == depotv1.ObservedMachine_STATE_EXITED:
 		m = exited(m, o, now)
+	}
+	if ran := o.GetState() == depotv1.ObservedMachine_STATE_EXITED || !m.Launched.IsZero(); ran && !m.Holds() {
 		if err := s.closeGeneration(ctx, tx, m, o); err != nil {
 			return err
 		}
@@ -313,7 +318,7 @@ func exited(m controlplane.Machine, o *depotv1.ObservedMachine, now time.Time) c
 }
 
 // closeGeneration stores what became of the generation that the machine's
-// start opened.
+// start opened; o is nil if the machine vanished.
 func (s *Server) closeGeneration(ctx context.Context, tx controlplane.Tx, m controlplane.Machine, o *depotv1.ObservedMachine) error {
 	g, err := tx.Generation(ctx, m.Generation)
 	if controlplane.CodeOf(err) == controlplane.NotFound {
@@ -490,11 +495,16 @@ func (s *Server) disconnectAgent(ctx context.Context, id string) error {
 		if err != nil {
 			return err
 		}
-		for _, m := range machines {
-			tx.Announce(controlplane.TopicScope, controlplane.Scope{Project: m.Project, Arch: m.Arch}.String())
-		}
+		announceMachines(tx, machines)
 		return tx.PutAgent(ctx, agent)
 	})
+}
+
+// announceMachines has the scopes of an agent's machines planned again.
+func announceMachines(tx controlplane.Tx, machines []controlplane.Machine) {
+	for _, m := range machines {
+		tx.Announce(controlplane.TopicScope, controlplane.Scope{Project: m.Project, Arch: m.Arch}.String())
+	}
 }
 
 // revision tells one set of orders from another.

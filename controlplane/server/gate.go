@@ -108,7 +108,7 @@ func (g gate) admit(ctx context.Context, req connect.AnyRequest, table map[strin
 	if right == controlplane.RightNone {
 		return ctx, nil
 	}
-	p, err := g.principal(ctx)
+	p, err := g.principal(ctx, right)
 	if err != nil {
 		return ctx, err
 	}
@@ -118,9 +118,12 @@ func (g gate) admit(ctx context.Context, req connect.AnyRequest, table map[strin
 	return context.WithValue(ctx, principalKey{}, p), nil
 }
 
-func (g gate) principal(ctx context.Context) (controlplane.Principal, error) {
+func (g gate) principal(ctx context.Context, right controlplane.Right) (controlplane.Principal, error) {
 	if p, ok := ctx.Value(identityKey{}).(controlplane.Principal); ok {
 		return p, nil
+	}
+	if right == controlplane.RightMachine || right == controlplane.RightAgent {
+		return controlplane.Principal{}, controlplane.Errorf(controlplane.Unauthenticated, "the call shows no certificate of this control plane: a machine gets one by Register, a cloud agent by Join")
 	}
 	text, _ := ctx.Value(bearerKey{}).(string)
 	if text == "" {

@@ -36,6 +36,9 @@ func (m *machineService) Register(ctx context.Context, req *depotv1.RegisterRequ
 		switch {
 		case machine.Key != nil && !bytes.Equal(machine.Key, key):
 			stolen = true
+			if machine.Over() {
+				return nil // how it ended stays as it was
+			}
 			machine = machine.Fail(s.Now(), "its join token came with a second key: somebody else had the token")
 			return s.putMachine(ctx, tx, machine)
 		case machine.State != controlplane.MachinePending && machine.State != controlplane.MachineStarting:
@@ -55,7 +58,7 @@ func (m *machineService) Register(ctx context.Context, req *depotv1.RegisterRequ
 	}
 	if stolen {
 		s.Log.WarnContext(ctx, "join token used with a second key", "machine", id, "project", machine.Project)
-		return nil, controlplane.Errorf(controlplane.Denied, "the join token of machine %s was used with another key before: the machine is failed, look at its host", id)
+		return nil, controlplane.Errorf(controlplane.Denied, "the join token of machine %s was used with another key before: the machine is %s, look at its host", id, machine.State)
 	}
 	certificate, identity, err := m.certify(ctx, machine, project, req.GetCsr())
 	if err != nil {
