@@ -252,6 +252,14 @@ func (cp *controlPlane) agentClient(t testing.TB, identity *mtls.Identity) *clie
 	})
 }
 
+// agentsWithToken is for a client that tries a token on the agents' listener.
+func (cp *controlPlane) agentsWithToken(t testing.TB, text string) client.Config {
+	t.Helper()
+	token, err := client.ParseToken(text)
+	must(t, err)
+	return client.Config{URL: "https://agents.test", Token: token, Tries: 1, Dial: cp.dial(func() string { return cp.agentAddr })}
+}
+
 func newClient(t testing.TB, cfg client.Config) *client.Client {
 	t.Helper()
 	c, err := client.New(cfg)
