@@ -43,6 +43,11 @@ func (d *Driver) PrepareBuild(ctx context.Context, opt *bx.PrepareBuildOptions) 
 		_ = progress.Write(opt.Progress, "[depot] not loading "+platformList(opt.Platforms)+": the local engine gets "+runtime.GOARCH+" only", func() error { return nil })
 	}
 	opt.SolveOpt.Exports = exports
+	if opt.MultiDriver && len(exports) == 1 && intoEngine(exports[0]) && len(opt.Platforms) == 1 {
+		// Of several nodes buildx asks manifest lists, which an engine cannot
+		// load. What is left here is a single image.
+		delete(opt.SolveOpt.FrontendAttrs, "multi-platform")
+	}
 	for _, e := range exports {
 		if intoEngine(e) {
 			return d.checkEngine(ctx, opt, e)
