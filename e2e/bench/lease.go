@@ -30,8 +30,8 @@ type lease struct {
 	builder  depotv1connect.BuilderServiceClient
 }
 
-// acquire asks for a machine until the lease is ready.
-func acquire(ctx context.Context, builder depotv1connect.BuilderServiceClient, project string) (*lease, error) {
+// acquire asks for a machine of the token's project until the lease is ready.
+func acquire(ctx context.Context, builder depotv1connect.BuilderServiceClient) (*lease, error) {
 	var random [16]byte
 	_, _ = rand.Read(random[:]) // never fails: see crypto/rand
 	l := &lease{id: "lse_" + hex.EncodeToString(random[:]), builder: builder}
@@ -44,7 +44,7 @@ func acquire(ctx context.Context, builder depotv1connect.BuilderServiceClient, p
 		return nil, err
 	}
 	req := &depotv1.AcquireLeaseRequest{
-		LeaseId: l.id, Project: &depotv1.ProjectRef{Name: project}, Arch: site.NativeArch(), Csr: csr, Launch: true,
+		LeaseId: l.id, Arch: site.NativeArch(), Csr: csr, Launch: true,
 	}
 	for {
 		resp, err := builder.AcquireLease(ctx, req)
@@ -107,7 +107,7 @@ func (l *lease) keep(ctx context.Context) {
 	}
 }
 
-// exported makes a key and a certificate outside the driver, and writes them
+// files makes a key and a certificate outside the driver, and writes them
 // as files for buildx's remote driver, which has no other way to be told.
 func (l *lease) files(tb site.TB, dir string) (ca, cert, key string) {
 	tb.Helper()
@@ -121,8 +121,7 @@ func (l *lease) files(tb site.TB, dir string) (ca, cert, key string) {
 			tb.Fatalf("%v", err)
 		}
 	}
-	pair, der := fileKey(tb)
-	csr := pair
+	csr, der := fileKey(tb)
 	resp, err := l.builder.RenewLease(tb.Context(), &depotv1.RenewLeaseRequest{LeaseId: l.id, Csr: csr})
 	if err != nil {
 		tb.Fatalf("certificate for the remote driver: %v", err)

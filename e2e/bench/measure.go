@@ -79,7 +79,7 @@ func warmNoop(tb *tb, runs int) []figure {
 	f.Value, f.Baseline = median(f.Series), median(f.BaselineSeries)
 	f.Ratio = f.Value / f.Baseline
 	begin := time.Now()
-	l, err := acquire(tb.Context(), s.API(tb, s.ProjectToken(tb, "web")).Builder, "web")
+	l, err := acquire(tb.Context(), s.API(tb, s.ProjectToken(tb, "web")).Builder)
 	if err != nil {
 		tb.Fatalf("lease: %v", err)
 	}
@@ -94,7 +94,7 @@ func warmNoop(tb *tb, runs int) []figure {
 // remoteBuilder makes a builder with the stock remote driver for the project's
 // machine, by a lease that is kept until stop is called.
 func remoteBuilder(tb *tb, s *site.Site, home *site.Home) (stop func()) {
-	l, err := acquire(tb.Context(), s.API(tb, s.ProjectToken(tb, "web")).Builder, "web")
+	l, err := acquire(tb.Context(), s.API(tb, s.ProjectToken(tb, "web")).Builder)
 	if err != nil {
 		tb.Fatalf("lease for the remote driver: %v", err)
 	}
@@ -126,7 +126,7 @@ func coldMachine(tb *tb, runs int) []figure {
 	var launch, start, connect []float64
 	for i := range runs + 1 {
 		begin := time.Now()
-		l, err := acquire(tb.Context(), api.Builder, "web")
+		l, err := acquire(tb.Context(), api.Builder)
 		if err != nil {
 			tb.Fatalf("lease: %v", err)
 		}
@@ -181,11 +181,11 @@ const bareConfig = `root = %q
 
 // bare starts a buildkitd with nothing around it and returns how long its first
 // answer took, in milliseconds.
-func bare(tb *tb, root string, extra string) (cmd *exec.Cmd, address string, took float64) {
+func bare(tb *tb, root string) (cmd *exec.Cmd, took float64) {
 	dir := tb.TempDir()
-	address = "unix://" + filepath.Join(dir, "buildkitd.sock")
+	address := "unix://" + filepath.Join(dir, "buildkitd.sock")
 	config := filepath.Join(dir, "buildkitd.toml")
-	text := fmt.Sprintf(bareConfig, root, address, filepath.Join(site.Bin(tb), "buildkit-runc")) + extra
+	text := fmt.Sprintf(bareConfig, root, address, filepath.Join(site.Bin(tb), "buildkit-runc"))
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		tb.Fatalf("%v", err)
 	}
@@ -198,18 +198,16 @@ func bare(tb *tb, root string, extra string) (cmd *exec.Cmd, address string, too
 		tb.Fatalf("start buildkitd: %v", err)
 	}
 	socket := strings.TrimPrefix(address, "unix://")
-	for time.Since(begin) < time.Minute {
-		if _, err := os.Stat(socket); err != nil {
-			time.Sleep(time.Millisecond)
-			continue
-		}
-		if listWorkers(tb.Context(), address) == nil {
-			return cmd, address, seconds(time.Since(begin)) * 1000
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for ; time.Since(begin) < time.Minute; <-tick.C {
+		if _, err := os.Stat(socket); err == nil && listWorkers(tb.Context(), address) == nil {
+			return cmd, seconds(time.Since(begin)) * 1000
 		}
 	}
 	end(tb, cmd)
 	tb.Fatalf("buildkitd did not answer within a minute: %s", log.String())
-	return nil, "", 0
+	return nil, 0
 }
 
 func listWorkers(ctx context.Context, address string) error {
@@ -241,7 +239,7 @@ func scratchRoot(tb *tb, h *site.Host) string {
 
 func bareStart(tb *tb, h *site.Host) float64 {
 	root := scratchRoot(tb, h)
-	cmd, _, took := bare(tb, root, "")
+	cmd, took := bare(tb, root)
 	end(tb, cmd)
 	if err := os.RemoveAll(root); err != nil {
 		tb.Errorf("%v", err)
@@ -349,7 +347,7 @@ func leases200(tb *tb, _ int) []figure {
 	const n = 200
 	s, h, _ := newSite(tb)
 	token := s.ProjectToken(tb, "web")
-	first, err := acquire(tb.Context(), s.API(tb, token).Builder, "web")
+	first, err := acquire(tb.Context(), s.API(tb, token).Builder)
 	if err != nil {
 		tb.Fatalf("lease: %v", err)
 	}
@@ -363,7 +361,7 @@ func leases200(tb *tb, _ int) []figure {
 		wg.Go(func() {
 			<-go1
 			begin := time.Now()
-			if leases[i], errs[i] = acquire(tb.Context(), api.Builder, "web"); errs[i] != nil {
+			if leases[i], errs[i] = acquire(tb.Context(), api.Builder); errs[i] != nil {
 				return
 			}
 			conn, err := leases[i].dial(tb.Context(), s.ClientNet)

@@ -106,14 +106,10 @@ func (h *Host) remove(tb TB) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	api := h.site.Admin(tb).Admin
-	for {
+	Eventually(tb, "all machines are gone", func() bool {
 		resp, err := api.ListMachines(ctx, &depotv1.ListMachinesRequest{})
 		if err != nil {
-			tb.Errorf("list machines at the end: %v", err)
-			break
-		}
-		if len(resp.GetMachines()) == 0 {
-			break
+			tb.Fatalf("list machines at the end: %v", err)
 		}
 		for _, m := range resp.GetMachines() {
 			if m.GetState() == depotv1.MachineState_MACHINE_STATE_DRAINING {
@@ -123,8 +119,8 @@ func (h *Host) remove(tb TB) {
 				tb.Errorf("stop machine at the end: %v", err)
 			}
 		}
-		time.Sleep(50 * time.Millisecond)
-	}
+		return len(resp.GetMachines()) == 0
+	})
 	Eventually(tb, "the host has removed its machines", func() bool {
 		left, err := os.ReadDir(filepath.Join(h.StateDir, "local", "machines"))
 		return err != nil || len(left) == 0
@@ -216,15 +212,7 @@ func descendants(pid int) []int {
 func (s *Site) WaitMachines(tb TB, n int) {
 	tb.Helper()
 	var got []*depotv1.Machine
-	deadline := time.Now().Add(time.Minute)
-	for {
-		got = s.Machines(tb)
-		if len(got) == n {
-			return
-		}
-		if time.Now().After(deadline) {
-			tb.Fatalf("%d machines after a minute, want %d: %v", len(got), n, got)
-		}
-		time.Sleep(50 * time.Millisecond)
+	if !within(time.Minute, func() bool { got = s.Machines(tb); return len(got) == n }) {
+		tb.Fatalf("%d machines after a minute, want %d: %v", len(got), n, got)
 	}
 }

@@ -12,15 +12,11 @@ import (
 // runs after all clean-ups of the site.
 func (s *Site) checkLeaks() {
 	var left []string
-	deadline := time.Now().Add(10 * time.Second)
-	for {
+	within(10*time.Second, func() bool {
 		left = append(s.leftProcesses(), s.leftMounts()...)
 		left = append(left, s.leftLoops()...)
-		if len(left) == 0 || time.Now().After(deadline) {
-			break
-		}
-		time.Sleep(100 * time.Millisecond)
-	}
+		return len(left) == 0
+	})
 	for _, l := range left {
 		s.tb.Errorf("left behind: %s", l)
 	}

@@ -64,7 +64,7 @@ type Site struct {
 // Bin returns the directory of the built programs; DEPOT_BIN names it.
 func Bin(tb TB) string {
 	tb.Helper()
-	dir := os.Getenv("DEPOT_BIN")
+	dir := os.Getenv("DEPOT_BIN") //nolint:forbidigo // as a test has no main
 	if dir == "" {
 		tb.Fatalf("DEPOT_BIN is not set: run the tests with `make test` or `make e2e`, or set it to the directory of the built programs")
 	}
@@ -74,7 +74,7 @@ func Bin(tb TB) string {
 // Deps returns the directory of third-party programs; DEPOT_DEPS names it.
 func Deps(tb TB) string {
 	tb.Helper()
-	dir := os.Getenv("DEPOT_DEPS")
+	dir := os.Getenv("DEPOT_DEPS") //nolint:forbidigo // as a test has no main
 	if dir == "" {
 		tb.Fatalf("DEPOT_DEPS is not set: run the tests with `make test` or `make e2e`, or set it to the directory that `make deps` fills")
 	}
@@ -294,13 +294,21 @@ func (p *Process) WaitLog(tb TB, text string) {
 // if it does not within a minute.
 func Eventually(tb TB, what string, cond func() bool) {
 	tb.Helper()
-	deadline := time.Now().Add(time.Minute)
-	for !cond() {
-		if time.Now().After(deadline) {
-			tb.Fatalf("not within a minute: %s", what)
-		}
-		time.Sleep(20 * time.Millisecond)
+	if !within(time.Minute, cond) {
+		tb.Fatalf("not within a minute: %s", what)
 	}
+}
+
+// within asks until cond holds, and reports whether it did in time.
+func within(limit time.Duration, cond func() bool) bool {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(limit); !cond(); <-tick.C {
+		if time.Now().After(deadline) {
+			return false
+		}
+	}
+	return true
 }
 
 // run runs a command of the system to its end and fails the test if it fails.
