@@ -324,7 +324,7 @@ func directBuildkitd(tb *tb, s *site.Site, root, port, ca, cert, key string) *ex
 
 // fill writes new random bytes, so that nothing of a context was sent before.
 func fill(tb *tb, path string) {
-	f, err := os.Create(path) //nolint:gosec // in the measurement's directory
+	f, err := os.Create(path)
 	if err != nil {
 		tb.Fatalf("%v", err)
 	}
