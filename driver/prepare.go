@@ -75,7 +75,8 @@ func (d *Driver) checkPlatforms(ps []ocispecs.Platform) error {
 	for _, a := range archs {
 		can = append(can, platformsOf(a)...)
 	}
-	return fmt.Errorf("project %s has no machine for %s: it builds %s", d.endpoint.Name(), platformList(bad), strings.Join(can, ", "))
+	return fmt.Errorf("project %s has no machine for %s: it builds %s; choose --platform among these, or start an agent with a pool for the others, see `docker depot pool ls`",
+		d.endpoint.Name(), platformList(bad), strings.Join(can, ", "))
 }
 
 // exports checks and narrows a build's outputs for this node.
