@@ -124,8 +124,14 @@ func (c *cloudConfig) check() (settings, error) {
 			fail(flag, dir, "give an absolute path")
 		}
 	}
+	if c.stateDir == c.runDir {
+		fail("run-dir", c.runDir, "it is the --state-dir too: give it a directory of its own, in memory")
+	}
 	if s.binDir, err = c.binaries(); err != nil {
 		errs = append(errs, err)
+	}
+	if _, err := netip.ParseAddr(c.advertise); err != nil && strings.ContainsAny(c.advertise, ":/ ") {
+		fail("advertise-address", c.advertise, "give an address or a name, without a port")
 	}
 	if s.name, err = hostName(c.name); err != nil {
 		errs = append(errs, err)
@@ -190,6 +196,9 @@ func (c *cloudConfig) readToken() (client.Token, error) {
 
 func (c *cloudConfig) binaries() (string, error) {
 	if c.binDir != "" {
+		if _, err := os.Stat(filepath.Join(c.binDir, "buildkitd")); err != nil {
+			return "", fmt.Errorf("--bin-dir %q: %w: give the directory that the programs were built into", c.binDir, err)
+		}
 		return c.binDir, nil
 	}
 	exe, err := os.Executable()

@@ -144,9 +144,6 @@ func (p *Provider) ready(ctx context.Context) error {
 	if _, err := p.nameservers(); err != nil {
 		return err
 	}
-	if err := p.runDir(); err != nil {
-		return err
-	}
 	t, err := plan(ctx, p.config.Binaries)
 	if err != nil {
 		return err
@@ -155,6 +152,10 @@ func (p *Provider) ready(ctx context.Context) error {
 		return err
 	}
 	if err := t.assemble(ctx, filepath.Join(p.rootfsDir(), p.rootfs)); err != nil {
+		return err
+	}
+	// After all that may refuse the host: a refusal leaves no mount.
+	if err := p.runDir(); err != nil {
 		return err
 	}
 	return p.sweep(ctx)
