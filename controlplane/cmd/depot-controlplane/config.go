@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"github.com/spf13/pflag"
+
+	"github.com/opendepot/depot/controlplane"
 )
 
 // config is all that `depot-controlplane serve` can be told. Each field is a
@@ -91,6 +93,15 @@ func (c *config) complete() error {
 	}
 	if (c.TLSCert == "") != (c.TLSKey == "") {
 		return fmt.Errorf("--tls-cert and --tls-key go together: give both or none")
+	}
+	if c.TLSCert != "" {
+		// Read again when the listener is made: here, nothing is stored yet.
+		if _, err := fileCertificate(c.TLSCert, c.TLSKey); err != nil {
+			return err
+		}
+	}
+	if err := (controlplane.Organization{Name: c.Organization}).Validate(); err != nil {
+		return fmt.Errorf("--organization: %w", err)
 	}
 	for flag, addr := range map[string]string{"client-listen": c.ClientListen, "agent-listen": c.AgentListen, "ops-listen": c.OpsListen} {
 		if _, _, err := net.SplitHostPort(addr); err != nil {

@@ -57,7 +57,7 @@ func serve(ctx context.Context, c *config, log *slog.Logger) error {
 
 	masterKey, err := ca.LoadMasterKey(c.MasterKeyFile, c.DataDir)
 	if err != nil {
-		return err
+		return fmt.Errorf("--master-key-file: %w", err)
 	}
 	authority, err := ca.New(masterKey)
 	if err != nil {
