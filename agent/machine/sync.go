@@ -49,6 +49,7 @@ func (r *reporter) run(ctx context.Context) {
 // step makes one call. A change of what it reports cuts it, which is no error.
 func (r *reporter) step(ctx context.Context) error {
 	changed := r.changed.next() // before the report is put together
+	report := r.report(r.revision)
 	call, cut := context.WithCancel(ctx)
 	defer cut()
 	stale := make(chan struct{})
@@ -60,14 +61,18 @@ func (r *reporter) step(ctx context.Context) error {
 			return
 		case <-changed:
 		}
-		select {
-		case <-call.Done():
-		case <-time.After(coalesce):
-			close(stale)
-			cut()
+		// Connections come in bursts; a new state is waited for by somebody.
+		if state, _, _ := r.status.get(); state == report.GetState() {
+			select {
+			case <-call.Done():
+				return
+			case <-time.After(coalesce):
+			}
 		}
+		close(stale)
+		cut()
 	}()
-	resp, err := r.session.calls().Machine.SyncMachine(call, r.report(r.revision))
+	resp, err := r.session.calls().Machine.SyncMachine(call, report)
 	cut()
 	<-watching
 	switch {
