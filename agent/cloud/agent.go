@@ -229,7 +229,11 @@ func (a *Agent) Status() Status {
 const (
 	firstWait = 200 * time.Millisecond
 	callWait  = 5 * time.Second // the most between calls and between launches
-	actWait   = time.Minute     // the most between other acts
+	// takeoverWait is the most between calls while another session of this
+	// agent counts as connected: mostly it is this agent's own life before a
+	// crash, and is forgotten in a moment.
+	takeoverWait = 500 * time.Millisecond
+	actWait      = time.Minute // the most between other acts
 )
 
 // backoff returns how long to wait after that many failures in a row: doubling

@@ -196,6 +196,10 @@ func (l *loop) unanswered(ctx context.Context, now time.Time, err error) {
 			l.log.ErrorContext(ctx, "the control plane refuses this agent; machines run on", "err", err)
 		}
 	}
-	c.next = now.Add(backoff(c.failures, callWait, jitter()))
+	most := callWait
+	if connect.CodeOf(err) == connect.CodeAlreadyExists {
+		most = takeoverWait
+	}
+	c.next = now.Add(backoff(c.failures, most, jitter()))
 	c.failures++
 }
