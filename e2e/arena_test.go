@@ -54,12 +54,12 @@ type arena struct {
 // holds makes the lengths of sleeps unique on this machine.
 var holds atomic.Int64 //nolint:gochecknoglobals // see there
 
-func newArena(t *testing.T, seed uint64) *arena {
+func newArena(t *testing.T, seed, stream uint64) *arena {
 	t.Helper()
 	s := site.New(t, site.Config{})
 	a := &arena{
 		t: t, s: s, holdRunc: filepath.Join(s.Dir, "hold-runc"),
-		rand: rand.New(rand.NewPCG(seed, 0)), //nolint:gosec // a seed can be repeated
+		rand: rand.New(rand.NewPCG(seed, stream)), //nolint:gosec // a seed can be repeated
 	}
 	// The real runc, on a host that can be slow.
 	runc := filepath.Join(s.Dir, "slow-runc")

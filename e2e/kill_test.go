@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -361,35 +362,45 @@ func TestKills(t *testing.T) {
 	kills := setting(t, "DEPOT_KILLS", 5)
 	seed := setting(t, "DEPOT_SEED", uint64(time.Now().UnixNano()))
 	t.Logf("seed: DEPOT_SEED=%d DEPOT_KILLS=%d", seed, kills)
-	for i, v := range []victim{theClient, theCloudAgent, theControlPlane, theMachineAgent, theBuildkitd} {
-		t.Run(string(v), func(t *testing.T) {
-			t.Parallel()
-			a := newArena(t, seed+uint64(i)) //nolint:gosec // a small number
-			var table strings.Builder
-			defer func() { t.Logf("seed %d:\n%s", seed, &table) }()
-			for _, w := range windows() {
-				if why := w.not[v]; why != "" {
-					fmt.Fprintf(&table, "%-14s %-13s none: %s\n", v, w.name, why)
-					continue
-				}
-				began, hit, missed := time.Now(), uint64(0), 0
-				for hit < kills {
-					if err := a.once(v, w); err == nil {
-						hit++
-					} else if missed++; missed > 3+3*int(kills) { //nolint:gosec // a small number
-						t.Fatalf("%s %s: only %d of %d kills met their window; the last did not because %v", v, w.name, hit, kills, err)
-					} else {
-						t.Logf("%s %s: does not count: %v", v, w.name, err)
-					}
-				}
-				fmt.Fprintf(&table, "%-14s %-13s %d kills, %d more missed the window (%s)\n", v, w.name, hit, missed, time.Since(began).Round(time.Second/10))
-			}
-			a.fresh()
-			site.Eventually(t, "all leases have ended", func() bool { return a.count("leases WHERE state <> 'ended'") == 0 })
-			if n := a.count("machines WHERE gone IS NULL"); n != 0 {
-				t.Errorf("%d machines still hold their volume", n)
-			}
+	// All at once, whatever -parallel says: mostly they wait.
+	var all sync.WaitGroup
+	defer all.Wait()
+	for i, v := range []victim{theCloudAgent, theClient, theControlPlane, theMachineAgent, theBuildkitd} {
+		all.Go(func() {
+			t.Run(string(v), func(t *testing.T) { killAll(t, v, kills, seed, uint64(i)) }) //nolint:gosec // a small number
 		})
+	}
+}
+
+// killAll kills one program in all its windows, in a site of its own.
+func killAll(t *testing.T, v victim, kills, seed, stream uint64) {
+	t.Helper()
+	a := newArena(t, seed, stream)
+	var table strings.Builder
+	defer func() { t.Logf("seed %d:\n%s", seed, &table) }()
+	for _, w := range windows() {
+		if why := w.not[v]; why != "" {
+			fmt.Fprintf(&table, "%-14s %-13s none: %s\n", v, w.name, why)
+			continue
+		}
+		began, hit, missed := time.Now(), uint64(0), uint64(0)
+		for hit < kills {
+			err := a.once(v, w)
+			if err == nil {
+				hit++
+				continue
+			}
+			t.Logf("%s %s: does not count: %v", v, w.name, err)
+			if missed++; missed > 3+3*kills {
+				t.Fatalf("%s %s: only %d of %d kills met their window; see above", v, w.name, hit, kills)
+			}
+		}
+		fmt.Fprintf(&table, "%-14s %-13s %d kills, %d more missed the window (%s)\n", v, w.name, hit, missed, time.Since(began).Round(time.Second/10))
+	}
+	a.fresh()
+	site.Eventually(t, "all leases have ended", func() bool { return a.count("leases WHERE state <> 'ended'") == 0 })
+	if n := a.count("machines WHERE gone IS NULL"); n != 0 {
+		t.Errorf("%d machines still hold their volume", n)
 	}
 }
 
