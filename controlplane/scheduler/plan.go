@@ -103,10 +103,10 @@ func (p *plan) failLateMachines() {
 		m := &p.machines[i]
 		switch {
 		case m.State == controlplane.MachinePending && !m.Ordered.IsZero() &&
-			p.due(m.Ordered.Add(p.Times.Launch)):
+			p.due(p.counted(m.Ordered).Add(p.Times.Launch)):
 			*m = m.Fail(p.Now, "agent %s did not launch it within %s%s: see `docker depot agent ls` and the agent's log",
 				p.agentName(m.Agent), p.Times.Launch, because(m.Reason))
-		case m.State == controlplane.MachineStarting && p.due(m.Launched.Add(p.Times.Register)):
+		case m.State == controlplane.MachineStarting && p.due(p.counted(m.Launched).Add(p.Times.Register)):
 			*m = m.Fail(p.Now, "it was launched but not ready within %s%s: see its log on host %s",
 				p.Times.Register, because(m.Reason), p.agentName(m.Agent))
 		}
@@ -417,7 +417,7 @@ func (p *plan) settleDraining(m *controlplane.Machine) {
 	case m.Idle.After(since):
 		since = m.Idle
 	}
-	if p.due(since.Add(p.Times.Drain)) {
+	if p.due(p.counted(since).Add(p.Times.Drain)) {
 		*m = m.Fail(p.Now, "it did not stop within %s and is destroyed; the cache keeps its last saved state", p.Times.Drain)
 	}
 }
@@ -445,18 +445,18 @@ func (p *plan) wakeFor(m controlplane.Machine) {
 	switch m.State {
 	case controlplane.MachinePending:
 		if !m.Ordered.IsZero() {
-			p.wake(m.Ordered.Add(p.Times.Launch))
+			p.wake(p.counted(m.Ordered).Add(p.Times.Launch))
 		}
 	case controlplane.MachineStarting:
-		p.wake(m.Launched.Add(p.Times.Register))
+		p.wake(p.counted(m.Launched).Add(p.Times.Register))
 	case controlplane.MachineReady:
 		if !m.Idle.IsZero() && p.Project != nil {
 			p.wake(m.Idle.Add(p.Project.IdleTimeout))
 		}
 	case controlplane.MachineDraining:
 		if m.Now || !m.Idle.IsZero() {
-			p.wake(m.Draining.Add(p.Times.Drain))
-			p.wake(m.Idle.Add(p.Times.Drain))
+			p.wake(p.counted(m.Draining).Add(p.Times.Drain))
+			p.wake(p.counted(m.Idle).Add(p.Times.Drain))
 		}
 	case controlplane.MachineStopped, controlplane.MachineFailed:
 	}
@@ -467,6 +467,15 @@ func (p *plan) wake(at time.Time) {
 	if at.After(p.Now) && (p.out.Next.IsZero() || at.Before(p.out.Next)) {
 		p.out.Next = at
 	}
+}
+
+// counted is when a machine's deadline begins to count: while the control
+// plane was down, nobody could have met it (builds-survive).
+func (p *plan) counted(since time.Time) time.Time {
+	if since.Before(p.Started) {
+		return p.Started
+	}
+	return since
 }
 
 func (p *plan) due(at time.Time) bool { return !p.Now.Before(at) }

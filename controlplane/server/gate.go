@@ -75,7 +75,7 @@ func (g gate) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 		if err != nil {
 			err = g.s.wireError(ctx, procedure, err)
 		}
-		g.s.metrics.call(procedure, err, time.Since(begin))
+		g.s.metrics.call(procedure, outcome(ctx, err), time.Since(begin))
 		return resp, err
 	}
 }
@@ -195,13 +195,27 @@ func (s *Server) wireError(ctx context.Context, procedure string, err error) err
 	case errors.As(err, &domain) && domain.Code != controlplane.Internal:
 		return connect.NewError(wireCode(domain.Code), errors.New(domain.Message))
 	case gone(ctx):
-		return connect.NewError(connect.CodeCanceled, context.Canceled)
+		// Either nobody listens any more, or this process ends and another will
+		// answer: the one who listens tries again (builds-survive).
+		return connect.NewError(connect.CodeUnavailable, errors.New("the control plane is stopping: try again"))
 	case errors.Is(err, context.DeadlineExceeded):
 		return connect.NewError(connect.CodeDeadlineExceeded, errors.New("the server took too long: try again"))
 	}
 	id := hex.EncodeToString(randomBytes(8))
 	s.Log.ErrorContext(ctx, "call failed", "procedure", procedure, "principal", caller(ctx).ID, "error_id", id, "err", err)
 	return connect.NewError(connect.CodeInternal, fmt.Errorf("internal error %s: the server's log says more under that id", id))
+}
+
+// outcome names the end of a call for metrics; a call that its caller cut is no
+// failure of the server.
+func outcome(ctx context.Context, err error) string {
+	switch {
+	case err == nil:
+		return "ok"
+	case gone(ctx):
+		return connect.CodeCanceled.String()
+	}
+	return connect.CodeOf(err).String()
 }
 
 func wireCode(c controlplane.Code) connect.Code {
