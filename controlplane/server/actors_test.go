@@ -79,7 +79,7 @@ func (d *driver) ready(t testing.TB) *depotv1.AcquireLeaseResponse {
 func (d *driver) waits(t testing.TB, words ...string) string {
 	t.Helper()
 	reason := ""
-	for range 10 {
+	for end := time.Now().Add(patience); time.Now().Before(end); {
 		resp := d.poll(t)
 		if resp.GetState() != depotv1.LeaseState_LEASE_STATE_WAITING {
 			t.Fatalf("lease is %s (%s), want waiting", resp.GetState(), resp.GetReason())

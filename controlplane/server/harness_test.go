@@ -40,7 +40,7 @@ const patience = 30 * time.Second
 func times() controlplane.Times {
 	t := controlplane.DefaultTimes()
 	t.QuietTTL, t.AgentSilent = 30*time.Second, 30*time.Second
-	t.Hang = 2 * time.Second
+	t.Hang = 500 * time.Millisecond
 	return t
 }
 
@@ -101,9 +101,10 @@ func (cp *controlPlane) now() time.Time {
 	return cp.base.Add(time.Since(cp.base) + cp.passed).UTC()
 }
 
-// pass moves the clock, and has every scope planned by it.
+// pass moves the clock, and has every scope planned before and after.
 func (cp *controlPlane) pass(t testing.TB, d time.Duration) {
 	t.Helper()
+	cp.plan(t)
 	cp.mu.Lock()
 	cp.passed += d
 	cp.mu.Unlock()
@@ -235,7 +236,7 @@ func (cp *controlPlane) ownIdentity(t testing.TB) *mtls.Identity {
 // client returns a client of the listener for clients, with a token's text.
 func (cp *controlPlane) client(t testing.TB, token string) *client.Client {
 	t.Helper()
-	cfg := client.Config{URL: "https://clients.test", Pin: cp.pin, Tries: 1, Dial: cp.dial(func() string { return cp.clientAddr })}
+	cfg := client.Config{URL: "https://clients.test", Pin: cp.pin, Dial: cp.dial(func() string { return cp.clientAddr })}
 	if token != "" {
 		var err error
 		cfg.Token, err = client.ParseToken(token)
@@ -248,7 +249,7 @@ func (cp *controlPlane) client(t testing.TB, token string) *client.Client {
 func (cp *controlPlane) agentClient(t testing.TB, identity *mtls.Identity) *client.Client {
 	t.Helper()
 	return newClient(t, client.Config{
-		URL: "https://agents.test", Pin: cp.pin, Identity: identity, Tries: 1, Dial: cp.dial(func() string { return cp.agentAddr }),
+		URL: "https://agents.test", Pin: cp.pin, Identity: identity, Dial: cp.dial(func() string { return cp.agentAddr }),
 	})
 }
 
