@@ -32,6 +32,8 @@ type daemon struct {
 	done chan struct{} // closed once it has ended and been waited for
 	err  error         // how it ended; read after done
 	tail *tail
+	// cgroup is the root of the machine's hierarchy.
+	cgroup string
 }
 
 // startDaemon prepares buildkitd's surroundings and starts it.
@@ -50,7 +52,7 @@ func (m *machine) startDaemon(ctx context.Context, s *depotv1.BuildkitSettings) 
 	if err := os.WriteFile(c.Paths.settings(), settings, 0o600); err != nil {
 		return nil, fmt.Errorf("start buildkitd: %w", err)
 	}
-	d := &daemon{done: make(chan struct{}), tail: &tail{out: m.output}}
+	d := &daemon{done: make(chan struct{}), tail: &tail{out: m.output}, cgroup: c.Paths.Cgroup}
 	// buildkitd is never ended by a context: only in order, or by force after
 	// a deadline; see stop.
 	d.cmd = exec.CommandContext(context.WithoutCancel(ctx), c.Paths.Buildkitd, "--config", c.Paths.settings()) //nolint:gosec // the image's own program
@@ -130,6 +132,9 @@ func (d *daemon) failure() error {
 	how := "it ended without an error"
 	if d.err != nil {
 		how = d.err.Error()
+	}
+	if outOfMemory(d.cgroup) {
+		how += ", for the machine ran out of memory: give the project's machines more"
 	}
 	return fmt.Errorf("buildkitd ended by itself (%s); its last words: %s", how, d.tail)
 }

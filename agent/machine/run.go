@@ -170,6 +170,7 @@ func (m *machine) live(ctx context.Context, registered func()) error {
 		return fmt.Errorf("the control plane ordered a machine for %q, but this one was launched for %q: check the agent's pool; buildkitd was never started", arch, m.config.Arch)
 	}
 	registered()
+	m.prepareCgroup()
 	d, err := m.startDaemon(ctx, settings)
 	if err != nil {
 		return err

@@ -24,6 +24,7 @@ func machineCommand(w world) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			w.errOut = machine.BoundLog(w.errOut)
 			log, err := newLog(w, format, level)
 			if err != nil {
 				return err
@@ -39,7 +40,7 @@ func machineCommand(w world) *cobra.Command {
 			}
 			// Signals ask the machine to drain; they do not cut it off.
 			return machine.Run(context.WithoutCancel(cmd.Context()), c, machine.Surroundings{
-				Listener: listener, Terminate: w.terminate, Output: cmd.ErrOrStderr(), Log: log,
+				Listener: listener, Terminate: w.terminate, Output: w.errOut, Log: log,
 			})
 		},
 	}

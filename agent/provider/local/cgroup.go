@@ -17,18 +17,28 @@ import (
 
 // cgroupRoot is where every distribution mounts the hierarchies: one for each
 // controller with v1, a single one with v2.
+//
+// Machines have cgroups in a directory of the provider's own at the top, beside
+// systemd's slices; docs/adr/0007 says why that is no quarrel with systemd.
 const cgroupRoot = "/sys/fs/cgroup"
 
+// agentGroup is the machine agent's leaf of a machine's cgroup with v2; see
+// package machine, which moves there.
+const agentGroup = "init"
+
 // hierarchies are the directories below which a path of a cgroup may exist.
-func hierarchies() ([]string, error) {
-	entries, err := os.ReadDir(cgroupRoot)
+func hierarchies(root string) ([]string, error) {
+	roots := []string{root}
+	if exists(filepath.Join(root, "cgroup.controllers")) {
+		return roots, nil // v2: what is below are cgroups, other people's
+	}
+	entries, err := os.ReadDir(root)
 	if err != nil {
 		return nil, fmt.Errorf("list cgroup hierarchies: %w", err)
 	}
-	roots := []string{cgroupRoot}
 	for _, e := range entries {
 		if e.IsDir() {
-			roots = append(roots, filepath.Join(cgroupRoot, e.Name()))
+			roots = append(roots, filepath.Join(root, e.Name()))
 		}
 	}
 	return roots, nil
@@ -37,7 +47,7 @@ func hierarchies() ([]string, error) {
 // removeCgroup ends what runs in a cgroup, of whatever hierarchy, and removes it
 // with all below it. No error if there is none.
 func removeCgroup(ctx context.Context, path string) error {
-	roots, err := hierarchies()
+	roots, err := hierarchies(cgroupRoot)
 	if err != nil {
 		return err
 	}
@@ -79,8 +89,8 @@ func removeBelow(ctx context.Context, dir string) error {
 // ordinary case nothing is there.
 func endAll(ctx context.Context, dir string) error {
 	b, err := os.ReadFile(filepath.Join(dir, "cgroup.procs")) //nolint:gosec // G304: a file of the kernel's
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EOPNOTSUPP) {
+		return nil // gone, or threaded: then its processes are listed further up
 	}
 	if err != nil {
 		return err
@@ -126,12 +136,13 @@ func rmdir(ctx context.Context, dir string) error {
 	}
 }
 
-// outOfMemory reports whether the kernel ended a process of the cgroup itself
-// for want of memory; not one of a RUN step, which has a cgroup of its own.
-func outOfMemory(path string) bool {
+// outOfMemory reports whether the kernel ended the machine agent or buildkitd
+// for want of memory; not a process of a RUN step, which has a cgroup of its own.
+func outOfMemory(root, path string) bool {
 	for _, file := range []string{
-		filepath.Join(cgroupRoot, "memory", path, "memory.oom_control"), // v1
-		filepath.Join(cgroupRoot, path, "memory.events.local"),          // v2
+		filepath.Join(root, "memory", path, "memory.oom_control"),    // v1
+		filepath.Join(root, path, agentGroup, "memory.events.local"), // v2
+		filepath.Join(root, path, "memory.events.local"),             // v2, before it moved
 	} {
 		if n, err := procValue(file, "oom_kill"); err == nil && n != "0" {
 			return true

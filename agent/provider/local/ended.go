@@ -58,7 +58,7 @@ func (p *Provider) exit(rec record) provider.Exit {
 		return exit
 	case !errors.Is(err, fs.ErrNotExist):
 		return provider.Exit{Reason: fmt.Sprintf("the machine's last word cannot be read: %v", err)}
-	case outOfMemory(p.cgroup(rec.ID)):
+	case outOfMemory(cgroupRoot, p.cgroup(rec.ID)):
 		return provider.Exit{Reason: "the machine ran out of memory and the kernel ended it: give the project's machines more memory"}
 	}
 	reason := "the machine was killed, or its agent crashed"
