@@ -9,8 +9,8 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
-	"strings"
 	"sync/atomic"
 	"testing"
 
@@ -56,18 +56,23 @@ var holds atomic.Int64 //nolint:gochecknoglobals // see there
 
 func newArena(t *testing.T, seed, stream uint64) *arena {
 	t.Helper()
-	s := site.New(t, site.Config{})
-	a := &arena{
-		t: t, s: s, holdRunc: filepath.Join(s.Dir, "hold-runc"),
-		rand: rand.New(rand.NewPCG(seed, stream)), //nolint:gosec // a seed can be repeated
-	}
+	a := arenaOn(t, site.New(t, site.Config{}), site.HostConfig{})
+	a.rand = rand.New(rand.NewPCG(seed, stream)) //nolint:gosec // a seed can be repeated
+	return a
+}
+
+// arenaOn makes an arena of a site, with one host.
+func arenaOn(t *testing.T, s *site.Site, c site.HostConfig) *arena {
+	t.Helper()
+	a := &arena{t: t, s: s, holdRunc: filepath.Join(s.Dir, "hold-runc")}
 	// The real runc, on a host that can be slow.
 	runc := filepath.Join(s.Dir, "slow-runc")
 	script := fmt.Sprintf("#!/bin/sh\nwhile [ -e %s ]; do sleep 0.02; done\nexec %s \"$@\"\n", a.holdRunc, filepath.Join(site.Bin(t), "buildkit-runc"))
 	if err := os.WriteFile(runc, []byte(script), 0o755); err != nil { //nolint:gosec // a program
 		t.Fatal(err)
 	}
-	a.h = s.AddHost(t, site.HostConfig{Flags: []string{"--runc", runc}})
+	c.Flags = append(c.Flags, "--runc", runc)
+	a.h = s.AddHost(t, c)
 	a.h.Watch(t)
 	s.CreateProject(t, "web", nil)
 	a.home = s.NewHome(t, s.ProjectToken(t, "web"))
@@ -119,7 +124,18 @@ func (a *arena) start(hold string) *build {
 	return a.startFrom(hold, nil, a.context)
 }
 
+// startAs is start with another command than the plugin by itself.
+func (a *arena) startAs(hold string, command ...string) *build {
+	a.t.Helper()
+	return a.startWith(hold, nil, a.context, command...)
+}
+
 func (a *arena) startFrom(hold string, stdin *os.File, context string) *build {
+	a.t.Helper()
+	return a.startWith(hold, stdin, context, filepath.Join(site.Bin(a.t), "docker-buildx"))
+}
+
+func (a *arena) startWith(hold string, stdin *os.File, context string, command ...string) *build {
 	a.t.Helper()
 	a.builds++
 	if hold == "held" {
@@ -127,8 +143,8 @@ func (a *arena) startFrom(hold string, stdin *os.File, context string) *build {
 	}
 	b := &build{a: a, nonce: fmt.Sprintf("%s-%d", a.t.Name(), a.builds), hold: hold, dest: filepath.Join(a.home.Dir, fmt.Sprintf("out%d", a.builds))}
 	a.query([]any{&b.after}, "SELECT coalesce(max(seq), 0) FROM leases")
-	b.Running = a.home.StartBuildxFrom(a.t, stdin, "build", "--progress", "plain",
-		"--build-arg", "NONCE="+b.nonce, "--build-arg", "HOLD="+hold, "-o", "type=local,dest="+b.dest, context)
+	b.Running = a.home.Start(a.t, stdin, append(command, "build", "--progress", "plain",
+		"--build-arg", "NONCE="+b.nonce, "--build-arg", "HOLD="+hold, "-o", "type=local,dest="+b.dest, context)...)
 	return b
 }
 
@@ -358,10 +374,18 @@ func sameSet(a, b []string) bool {
 	if len(a) != len(b) {
 		return false
 	}
-	for _, x := range a {
-		if !strings.Contains(strings.Join(b, " "), x) {
-			return false
+	return !slices.ContainsFunc(a, func(x string) bool { return !slices.Contains(b, x) })
+}
+
+// replaced returns args with one value in place of another.
+func replaced(args []string, old, by string) []string {
+	out := slices.Clone(args)
+	for i, arg := range out {
+		if arg == old {
+			out[i] = by
 		}
 	}
-	return true
+	return out
 }
+
+func itoa(n uint64) string { return strconv.FormatUint(n, 10) }

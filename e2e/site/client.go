@@ -29,11 +29,17 @@ func (s *Site) Admin(tb TB) *client.Client {
 // API returns a client of the control plane with a token.
 func (s *Site) API(tb TB, token string) *client.Client {
 	tb.Helper()
+	return s.APIAt(tb, s.URL(), token)
+}
+
+// APIAt returns a client of the control plane at an address.
+func (s *Site) APIAt(tb TB, url, token string) *client.Client {
+	tb.Helper()
 	parsed, err := client.ParseToken(token)
 	if err != nil {
 		tb.Fatalf("token: %v", err)
 	}
-	c, err := client.New(client.Config{URL: s.URL(), Token: parsed, UserAgent: "depot-e2e", Dial: s.ClientNet.Dial})
+	c, err := client.New(client.Config{URL: url, Token: parsed, UserAgent: "depot-e2e", Dial: s.ClientNet.Dial})
 	if err != nil {
 		tb.Fatalf("make a client: %v", err)
 	}
@@ -180,6 +186,24 @@ func (h *Home) Buildx(tb TB, args ...string) Result {
 func (h *Home) TryBuildx(tb TB, args ...string) Result {
 	tb.Helper()
 	return h.Try(tb, append([]string{filepath.Join(h.site.bin, "docker-buildx")}, args...)...)
+}
+
+// Depot runs `docker depot` on its own, and it has to succeed.
+func (h *Home) Depot(tb TB, args ...string) Result {
+	tb.Helper()
+	return h.Run(tb, append([]string{filepath.Join(h.site.bin, "docker-depot")}, args...)...)
+}
+
+// CLI runs the Docker CLI, and it has to succeed.
+func (h *Home) CLI(tb TB, args ...string) Result {
+	tb.Helper()
+	return h.Run(tb, append([]string{filepath.Join(Deps(tb), "bin", "docker")}, args...)...)
+}
+
+// TryCLI is CLI, whatever comes of it.
+func (h *Home) TryCLI(tb TB, args ...string) Result {
+	tb.Helper()
+	return h.Try(tb, append([]string{filepath.Join(Deps(tb), "bin", "docker")}, args...)...)
 }
 
 // CreateBuilder makes the builder "depot" for a project and makes it current.

@@ -35,6 +35,8 @@ type Host struct {
 	StateDir string
 	RunDir   string
 	site     *Site
+	net      *Netns
+	shared   string // a mount that Reboot made; empty if there is none
 }
 
 // AddHost makes a host, starts its agent and waits until it is connected.
@@ -57,7 +59,7 @@ func (s *Site) AddHost(tb TB, c HostConfig) *Host {
 		c.PoolSize = "8GiB"
 	}
 	dir := filepath.Join(s.Dir, c.Name)
-	h := &Host{site: s, StateDir: filepath.Join(dir, "state"), RunDir: filepath.Join(dir, "run")}
+	h := &Host{site: s, net: c.Net, StateDir: filepath.Join(dir, "state"), RunDir: filepath.Join(dir, "run")}
 	token := filepath.Join(dir, "token")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		tb.Fatalf("host directory: %v", err)
@@ -126,6 +128,10 @@ func (h *Host) remove(tb TB) {
 		return err != nil || len(left) == 0
 	})
 	h.Agent.Stop(tb)
+	h.checkLeft(tb)
+	if h.shared != "" {
+		run(tb, "umount", h.shared)
+	}
 }
 
 // MachineProcess is a process of a machine, found on the host.

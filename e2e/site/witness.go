@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -44,7 +45,7 @@ type witness struct {
 	h        *Host
 	tb       TB
 	machines map[string]launchedAs // by machine
-	epochs   map[string]uint64     // by volume
+	epochs   map[string]uint64     // by pool and volume
 	said     map[string]bool
 }
 
@@ -81,6 +82,13 @@ func (w *witness) look() {
 		}
 		writers[r.Volume] = r.ID
 	}
+	// A pool that was put in another's place has a history of its own.
+	pool := ""
+	if info, err := os.Stat(filepath.Join(w.h.StateDir, "volumes", "pool.btrfs")); err == nil {
+		if stat, ok := info.Sys().(*syscall.Stat_t); ok {
+			pool = strconv.FormatUint(stat.Ino, 10)
+		}
+	}
 	files, _ := filepath.Glob(filepath.Join(w.h.StateDir, "volumes", "pool", "volumes", "*", "writer.json"))
 	for _, f := range files {
 		var writer struct {
@@ -89,10 +97,10 @@ func (w *witness) look() {
 		if b, err := os.ReadFile(f); err != nil || json.Unmarshal(b, &writer) != nil {
 			continue // deleted meanwhile
 		}
-		if seen := w.epochs[f]; writer.Epoch < seen {
+		if seen := w.epochs[pool+f]; writer.Epoch < seen {
 			w.say("the writer epoch in %s went from %d to %d", f, seen, writer.Epoch)
 		}
-		w.epochs[f] = writer.Epoch
+		w.epochs[pool+f] = writer.Epoch
 	}
 }
 
