@@ -150,5 +150,9 @@ func (p *Provider) teardown(ctx context.Context, id string) error {
 	if err := os.RemoveAll(dir); err != nil {
 		return fmt.Errorf("remove the machine's run directory: %w", err)
 	}
+	// A runc that ended with its agent has left its log.
+	if err := ignoreMissing(os.Remove(p.runcLog(id))); err != nil {
+		return err
+	}
 	return p.records.remove(id)
 }

@@ -236,7 +236,7 @@ func (p *Provider) command(ctx context.Context, id string, args ...string) error
 func (p *Provider) spawn(ctx context.Context, id string, output *os.File, files []*os.File, args ...string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTime)
 	defer cancel()
-	log := filepath.Join(p.config.Run, "machines", id+".runc.log")
+	log := p.runcLog(id)
 	global := []string{"--root", p.runcDir(), "--log", log, "--log-format", "json"}
 	cmd := exec.CommandContext(ctx, p.runc, append(global, args...)...) //nolint:gosec // G204: ids were checked
 	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -252,6 +252,10 @@ func (p *Provider) spawn(ctx context.Context, id string, output *os.File, files 
 		err = fmt.Errorf("runc %s: %w: %s", args[0], err, lastMessage(log))
 	}
 	return errors.Join(err, ignoreMissing(os.Remove(log)))
+}
+
+func (p *Provider) runcLog(id string) string {
+	return filepath.Join(p.config.Run, "machines", id+".runc.log")
 }
 
 func ignoreMissing(err error) error {
