@@ -62,8 +62,8 @@ func (a *adminService) CreateToken(ctx context.Context, req *depotv1.CreateToken
 		return nil, controlplane.Errorf(controlplane.Invalid, "token name of %d bytes is too long: use at most 100", len(token.Name))
 	}
 	if d := req.GetLifetime(); d != nil {
-		if d.AsDuration() <= 0 {
-			return nil, controlplane.Errorf(controlplane.Invalid, "token lifetime %s is not positive", d.AsDuration())
+		if d.AsDuration() <= 0 || d.AsDuration() > maxTokenLifetime {
+			return nil, controlplane.Errorf(controlplane.Invalid, "token lifetime %s is out of range: use more than 0s and at most %s, or none for a token that does not expire", d.AsDuration(), maxTokenLifetime)
 		}
 		token.Expires = now.Add(d.AsDuration())
 	}
@@ -89,6 +89,10 @@ func (a *adminService) CreateToken(ctx context.Context, req *depotv1.CreateToken
 	}
 	return &depotv1.CreateTokenResponse{Token: wire, Secret: text}, nil
 }
+
+// maxTokenLifetime bounds what is asked for: a hundred years. The store cannot
+// hold times after 2261.
+const maxTokenLifetime = 100 * 365 * 24 * time.Hour
 
 // agentTokenLifetime is how long an agent token is good for joining.
 const agentTokenLifetime = time.Hour

@@ -58,7 +58,7 @@ func (a *adminService) ListProjects(ctx context.Context, req *depotv1.ListProjec
 		resp = &depotv1.ListProjectsResponse{}
 		only := ""
 		if req.GetOrganization() != "" {
-			org, err := tx.OrganizationByName(ctx, req.GetOrganization())
+			org, err := a.s.organization(ctx, tx, req.GetOrganization())
 			if err != nil {
 				return err
 			}

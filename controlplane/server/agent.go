@@ -229,6 +229,9 @@ func (s *Server) notePools(ctx context.Context, tx controlplane.Tx, agent string
 		if !slices.Contains(controlplane.Arches(), p.Arch) || p.Name == "" || p.MaxMachines < 0 {
 			return false, controlplane.Errorf(controlplane.Invalid, "pool %q (architecture %q, at most %d machines) is not valid: name it, and use one of %v", p.Name, p.Arch, p.MaxMachines, controlplane.Arches())
 		}
+		if slices.ContainsFunc(pools, func(q controlplane.Pool) bool { return q.Name == p.Name }) {
+			return false, controlplane.Errorf(controlplane.Invalid, "two pools are named %q: give each pool of an agent a name of its own", p.Name)
+		}
 		pools = append(pools, p)
 	}
 	all, err := tx.Pools(ctx, "")

@@ -61,12 +61,18 @@ func (s *Server) lookupProject(ctx context.Context, tx controlplane.Tx, ref *dep
 }
 
 // organization returns the organization of that name, or the caller's only one
-// if it is empty.
+// if it is empty. One that the caller is not in is not told from one that does
+// not exist.
 func (s *Server) organization(ctx context.Context, tx controlplane.Tx, name string) (controlplane.Organization, error) {
+	p := caller(ctx)
 	if name != "" {
-		return tx.OrganizationByName(ctx, name)
+		org, err := tx.OrganizationByName(ctx, name)
+		if controlplane.CodeOf(err) == controlplane.NotFound || err == nil && !p.Operator() && org.ID != p.Org {
+			return org, controlplane.Errorf(controlplane.NotFound, "organization %q does not exist, or your token may not see it: leave it out to use your own", name)
+		}
+		return org, err
 	}
-	if p := caller(ctx); p.Org != "" {
+	if p.Org != "" {
 		return tx.Organization(ctx, p.Org)
 	}
 	all, err := tx.Organizations(ctx)

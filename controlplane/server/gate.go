@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"runtime/debug"
 	"strings"
 	"time"
 
@@ -241,7 +242,8 @@ func wireCode(c controlplane.Code) connect.Code {
 	return connect.CodeInternal
 }
 
-// recovered turns a panic in a handler into an internal error.
-func (s *Server) recovered(ctx context.Context, spec connect.Spec, _ http.Header, p any) error {
-	return s.wireError(ctx, spec.Procedure, fmt.Errorf("panic: %v", p))
+// recovered turns a panic in a handler into an error without a code, which the
+// gate logs and answers.
+func recovered(_ context.Context, _ connect.Spec, _ http.Header, p any) error {
+	return fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 }

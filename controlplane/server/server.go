@@ -94,7 +94,7 @@ func (s *Server) handlerOptions() []connect.HandlerOption {
 	return []connect.HandlerOption{
 		connect.WithInterceptors(gate{s}),
 		connect.WithReadMaxBytes(maxRequestBytes),
-		connect.WithRecover(s.recovered),
+		connect.WithRecover(recovered),
 	}
 }
 
