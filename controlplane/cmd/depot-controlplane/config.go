@@ -3,11 +3,13 @@ package main
 import (
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/pflag"
 
@@ -41,6 +43,9 @@ type config struct {
 	Names []string
 	// Organization is the first organization's name.
 	Organization string
+	// Times are durations of the protocol that differ from the defaults, as
+	// name=duration; names are those of [timeNames].
+	Times []string
 	// LogFormat is text or json; LogLevel is debug, info, warn or error.
 	LogFormat string
 	LogLevel  string
@@ -61,6 +66,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringVar(&c.TLSKey, "tls-key", "", "PEM key of --tls-cert")
 	f.StringSliceVar(&c.Names, "name", nil, "further DNS names or addresses for the self-made certificate")
 	f.StringVar(&c.Organization, "organization", "default", "name of the organization that the first start makes")
+	f.StringArrayVar(&c.Times, "time", nil, "name=duration, to change one of: "+strings.Join(slices.Sorted(maps.Keys(timeNames(new(controlplane.Times)))), ", "))
 	f.StringVar(&c.LogFormat, "log-format", "text", "text or json")
 	f.StringVar(&c.LogLevel, "log-level", "info", "debug, info, warn or error")
 }
@@ -116,6 +122,44 @@ func (c *config) complete() error {
 		return fmt.Errorf("--log-format %q is not known: use text or json", c.LogFormat)
 	}
 	return nil
+}
+
+// timeNames maps the names that --time takes to the durations of t.
+func timeNames(t *controlplane.Times) map[string]*time.Duration {
+	return map[string]*time.Duration{
+		"lease-ttl":           &t.LeaseTTL,
+		"lease-renew":         &t.LeaseRenew,
+		"wait-ttl":            &t.WaitTTL,
+		"connect-ttl":         &t.ConnectTTL,
+		"quiet-ttl":           &t.QuietTTL,
+		"launch":              &t.Launch,
+		"register":            &t.Register,
+		"drain":               &t.Drain,
+		"agent-silent":        &t.AgentSilent,
+		"client-certificate":  &t.ClientCertificate,
+		"machine-certificate": &t.MachineCertificate,
+	}
+}
+
+// times returns the durations of the protocol.
+func (c *config) times() (controlplane.Times, error) {
+	t := controlplane.DefaultTimes()
+	names := timeNames(&t)
+	for _, spec := range c.Times {
+		name, value, _ := strings.Cut(spec, "=")
+		d, ok := names[name]
+		if !ok {
+			return t, fmt.Errorf("--time %q: %q is not known: use one of %s", spec, name, strings.Join(slices.Sorted(maps.Keys(names)), ", "))
+		}
+		var err error
+		if *d, err = time.ParseDuration(value); err != nil || *d <= 0 {
+			return t, fmt.Errorf("--time %q: %q is not a positive duration: use one such as 90s", spec, value)
+		}
+	}
+	if t.LeaseRenew >= t.LeaseTTL {
+		return t, fmt.Errorf("--time lease-renew (%s) has to be shorter than lease-ttl (%s)", t.LeaseRenew, t.LeaseTTL)
+	}
+	return t, nil
 }
 
 func (c *config) logger() (*slog.Logger, error) {

@@ -37,11 +37,15 @@ func newServeCommand(lookup func(string) (string, bool)) *cobra.Command {
 			if err := c.complete(); err != nil {
 				return err
 			}
+			times, err := c.times()
+			if err != nil {
+				return err
+			}
 			log, err := c.logger()
 			if err != nil {
 				return err
 			}
-			return serve(cmd.Context(), &c, log)
+			return serve(cmd.Context(), &c, times, log)
 		},
 	}
 	c.flags(cmd.Flags())
@@ -49,7 +53,7 @@ func newServeCommand(lookup func(string) (string, bool)) *cobra.Command {
 }
 
 // serve wires the control plane and runs it until ctx ends.
-func serve(ctx context.Context, c *config, log *slog.Logger) error {
+func serve(ctx context.Context, c *config, times controlplane.Times, log *slog.Logger) error {
 	started := time.Now()
 	// Differences to started are measured on the monotonic clock, so a jump of
 	// the wall clock moves no deadline.
@@ -98,7 +102,7 @@ func serve(ctx context.Context, c *config, log *slog.Logger) error {
 	}
 	s := server.New(server.Config{
 		Store: st, Authority: authority, Authenticator: authenticator,
-		Times: controlplane.DefaultTimes(), Sizes: controlplane.DefaultSizes(),
+		Times: times, Sizes: controlplane.DefaultSizes(),
 		Now: now, Record: record, JoinKey: joinKey, Version: version, Log: log,
 	})
 	sched := &scheduler.Scheduler{
