@@ -12,6 +12,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -32,6 +33,7 @@ type Config struct {
 	Pin string
 	// Random is the source of ids and secrets.
 	Random io.Reader
+	// Logger is told what keeps nobody out; it must be set.
 	Logger *slog.Logger
 }
 
@@ -45,10 +47,14 @@ type Authenticator struct {
 
 var _ controlplane.Authenticator = (*Authenticator)(nil)
 
-// New returns an Authenticator. It fails if the pin has not the form of one.
+// New returns an Authenticator. It fails if the pin has not the form of one, or
+// if a part is missing.
 func New(c Config) (*Authenticator, error) {
 	if c.Pin != "" && (len(c.Pin) != pinLength || !consistsOf(c.Pin, base32Digits)) {
 		return nil, fmt.Errorf("the server's pin %q is not one: expected %d characters of base32 in lower case", c.Pin, pinLength)
+	}
+	if c.Store == nil || c.Random == nil || c.Logger == nil {
+		return nil, errors.New("an authenticator needs a store, a source of randomness and a log")
 	}
 	return &Authenticator{store: c.Store, pin: c.Pin, random: c.Random, log: c.Logger}, nil
 }

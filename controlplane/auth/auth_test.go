@@ -241,6 +241,10 @@ func TestNewRefuses(t *testing.T) {
 		t.Errorf("got error %v, want one that names the pin", err)
 	}
 	f := newFixture(t, "")
+	// Without a log, a full disk would be a panic at each call.
+	if _, err := auth.New(auth.Config{Store: f.store, Random: rand.Reader}); err == nil || !strings.Contains(err.Error(), "a log") {
+		t.Errorf("got error %v, want one that names the log", err)
+	}
 	for name, token := range map[string]controlplane.Token{
 		"no kind":              {},
 		"project without one":  {Kind: controlplane.TokenProject},

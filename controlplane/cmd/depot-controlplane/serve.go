@@ -88,7 +88,7 @@ func serve(ctx context.Context, c *config, times controlplane.Times, log *slog.L
 	if err != nil {
 		return err
 	}
-	authenticator, err := auth.New(auth.Config{Store: st, Pin: pin, Random: rand.Reader})
+	authenticator, err := auth.New(auth.Config{Store: st, Pin: pin, Random: rand.Reader, Logger: log})
 	if err != nil {
 		return err
 	}
