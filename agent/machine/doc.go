@@ -15,6 +15,10 @@
 //     A second one (LISTEN_FDS=2), if present, is the volume's lock: it is kept
 //     open as long as the machine lives, and nothing else is done with it.
 //   - /var/lib/buildkit: the volume's live tree, buildkitd's root.
+//   - /sys/fs/cgroup, writable: the machine's cgroup, in a namespace of its own,
+//     limited from outside. The agent divides it (cgroup.go): with version 2 it
+//     moves to the leaf init, where the launcher finds how it ended.
+//   - standard error: the log, of which a file keeps the beginning and the end.
 //   - buildkitd, buildkit-runc, git, ssh on PATH; CNI plugins in /opt/cni/bin;
 //     /etc/resolv.conf with servers that can be reached from here.
 //

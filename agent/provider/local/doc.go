@@ -14,6 +14,8 @@
 //     process, and the veth pair with it, so that nothing can be forgotten.
 //   - Its door is a listening socket that is made here and handed to PID 1, so
 //     clients need no forwarding rule and no agent to reach it.
+//   - Its limits are set on a cgroup in a tree of the provider's own, with v1 and
+//     v2 alike; below it the machine makes those of RUN steps.
 //   - Its volume is a bind mount, and the volume's lock is a descriptor that
 //     only PID 1 holds on to: the lock ends when the machine does.
 //
