@@ -114,6 +114,40 @@ func (s Store) Load(url string) (Login, error) {
 	return l, nil
 }
 
+// SetProject changes the project of a login, and nothing else: neither its
+// token nor which login is the current one. ErrNotFound if there is no login
+// to that server.
+func (s Store) SetProject(url, project string) error {
+	f, err := s.read()
+	if err != nil {
+		return err
+	}
+	e, ok := f.Servers[url]
+	if !ok {
+		return ErrNotFound
+	}
+	if e.Project == project {
+		return nil
+	}
+	e.Project = project
+	f.Servers[url] = e
+	return s.write(f)
+}
+
+// Project returns the project of a login, empty if it has none, or
+// ErrNotFound. Unlike Load it needs no keyring.
+func (s Store) Project(url string) (string, error) {
+	f, err := s.read()
+	if err != nil {
+		return "", err
+	}
+	e, ok := f.Servers[url]
+	if !ok {
+		return "", ErrNotFound
+	}
+	return e.Project, nil
+}
+
 // Delete forgets the login of a server; ErrNotFound if there is none.
 func (s Store) Delete(url string) error {
 	f, err := s.read()

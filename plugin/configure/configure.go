@@ -54,11 +54,28 @@ type Options struct {
 	Endpoint string
 	// DriverOpts are options of the driver, by name.
 	DriverOpts map[string]string
+	// Login is the login whose project the caller changes; nil if it changes
+	// none.
+	Login *LoginProject
+}
+
+// LoginProject is the project of a stored login, before and after it was
+// configured. The login is the caller's to change; it is kept here so that
+// [Uninstall] can tell what to put back.
+type LoginProject struct {
+	// Server is the login's URL.
+	Server string `json:"server"`
+	// Before and After are names of projects; an empty one is none.
+	Before string `json:"before"`
+	After  string `json:"after"`
 }
 
 // Report tells people what was done and what they should know.
 type Report struct {
 	Done, Notes []string
+	// Login is what [Uninstall] leaves for the caller to put back, if the
+	// login still has the project After; nil if there is nothing.
+	Login *LoginProject
 }
 
 func (r *Report) donef(format string, args ...any) {
@@ -223,6 +240,7 @@ func (s *session) noteAll(o Options, key string, config configChange, plugins []
 	if !slices.Contains(m.Builders, o.Builder) {
 		m.Builders = append(m.Builders, o.Builder)
 	}
+	m.noteLogin(o.Login)
 	program, err := stateOf(o.Executable)
 	if err != nil {
 		return err
@@ -238,7 +256,7 @@ func (s *session) noteAll(o Options, key string, config configChange, plugins []
 			return fmt.Errorf("keep a copy of %s: %w", path, err)
 		}
 	}
-	for _, path := range s.builderFiles(o.Builder) {
+	for _, path := range slices.Concat(s.builderFiles(o.Builder), s.buildFiles()) {
 		if err := m.keep(path, state); err != nil {
 			return fmt.Errorf("keep a copy of %s: %w", path, err)
 		}
@@ -268,6 +286,18 @@ func (s *session) builderFiles(name string) []string {
 		filepath.Join(s.paths.Buildx, "instances", name),
 		filepath.Join(s.paths.Buildx, "activity", name),
 		filepath.Join(s.paths.Buildx, ".lock"),
+	}
+}
+
+// buildFiles are the files that the first build makes, with whatever builder:
+// buildx's name for this client, and the seed of the keys that it asks
+// registries with. Both are made again when they are missed.
+func (s *session) buildFiles() []string {
+	dir := filepath.Dir(s.paths.State)
+	return []string{
+		filepath.Join(s.paths.Buildx, ".buildNodeID"),
+		filepath.Join(dir, ".token_seed"),
+		filepath.Join(dir, ".token_seed.lock"),
 	}
 }
 

@@ -29,6 +29,8 @@ type manifest struct {
 	ExtraDir string `json:"extraDir,omitempty"`
 	// Dirs did not exist before, parents first.
 	Dirs []string `json:"dirs,omitempty"`
+	// Login is the login whose project was changed; nil if none was.
+	Login *LoginProject `json:"login,omitempty"`
 	// Files are the snapshots.
 	Files []snapshot `json:"files"`
 
@@ -116,6 +118,19 @@ func (m *manifest) keep(path, state string) error {
 		return nil
 	}
 	return m.note(path, state)
+}
+
+// noteLogin notes that the project of a login is about to be changed. What it
+// was before the first change stays what is put back, unless the user chose
+// another one meanwhile.
+func (m *manifest) noteLogin(l *LoginProject) {
+	if l == nil {
+		return
+	}
+	if old := m.Login; old != nil && old.Server == l.Server && old.After == l.Before {
+		l.Before = old.Before
+	}
+	m.Login = l
 }
 
 func (m *manifest) put(s snapshot) {

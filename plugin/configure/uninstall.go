@@ -42,7 +42,7 @@ func (s *session) uninstall(ctx context.Context) error {
 	}
 	var errs []error
 	for _, entry := range slices.Backward(s.manifest.Files) {
-		if s.inStore(entry.Path) {
+		if s.inStore(entry.Path) || slices.Contains(s.buildFiles(), entry.Path) {
 			continue
 		}
 		if err := s.undo(entry); err != nil {
@@ -52,9 +52,13 @@ func (s *session) uninstall(ctx context.Context) error {
 	if err := s.undoStore(); err != nil {
 		errs = append(errs, err)
 	}
+	if err := s.undoBuilds(); err != nil {
+		errs = append(errs, err)
+	}
 	if len(errs) > 0 {
 		return errors.Join(errs...)
 	}
+	s.report.Login = s.manifest.Login
 	return s.manifest.remove(s.paths.State)
 }
 
@@ -100,6 +104,20 @@ func (s *session) undoConfig() error {
 	return nil
 }
 
+// undoBuilds removes what builds have left, where they have had nothing before.
+func (s *session) undoBuilds() error {
+	var errs []error
+	for _, path := range s.buildFiles() {
+		if entry := s.manifest.find(path); entry == nil || entry.Before != absent {
+			continue
+		}
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // undoStore removes the builders and restores the current one.
 func (s *session) undoStore() error {
 	txn, release, err := storeutil.GetStore(s.cli)
@@ -121,7 +139,7 @@ func (s *session) undoStore() error {
 		s.report.notef("builder %q was made the current one after `docker depot configure`: it stays that", current)
 	}
 	for _, entry := range s.manifest.Files {
-		if !s.inStore(entry.Path) || chosen && !s.comesWithBuilder(entry.Path) {
+		if !s.inStore(entry.Path) || slices.Contains(s.buildFiles(), entry.Path) || chosen && !s.comesWithBuilder(entry.Path) {
 			continue
 		}
 		now, err := stateOf(entry.Path)

@@ -67,12 +67,23 @@ func (a *app) configure(ctx context.Context, f configureFlags) error {
 	if f.defaultLoad {
 		options.DriverOpts = map[string]string{"default-load": "true"}
 	}
+	// The project becomes the login's default too, for `docker buildx create`.
+	// Without a stored login the token is in the environment.
+	before, err := a.deps.Source.Store.Project(endpoint.Server())
+	switch {
+	case err == nil:
+		options.Login = &configure.LoginProject{Server: endpoint.Server(), Before: before, After: endpoint.Name()}
+	case !errors.Is(err, credentials.ErrNotFound):
+		return err
+	}
 	report, err := configure.Install(ctx, a.cli, options)
 	if err != nil {
 		return err
 	}
-	if err := a.rememberProject(endpoint); err != nil {
-		return err
+	if l := options.Login; l != nil {
+		if err := a.deps.Source.Store.SetProject(l.Server, l.After); err != nil {
+			return err
+		}
 	}
 	a.show(report)
 	if name := a.deps.Source.Env("BUILDX_BUILDER"); name != "" && name != f.builder {
@@ -89,7 +100,23 @@ func (a *app) unconfigure(ctx context.Context) error {
 		return nil
 	}
 	a.show(report)
-	return err
+	if err != nil || report.Login == nil {
+		return err
+	}
+	return a.restoreProject(*report.Login)
+}
+
+// restoreProject puts the login's project back, unless the user has chosen
+// another one, or logged out, since.
+func (a *app) restoreProject(l configure.LoginProject) error {
+	now, err := a.deps.Source.Store.Project(l.Server)
+	if errors.Is(err, credentials.ErrNotFound) || err == nil && now != l.After {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return a.deps.Source.Store.SetProject(l.Server, l.Before)
 }
 
 func (a *app) show(report configure.Report) {
@@ -164,18 +191,4 @@ func chooseProject(ctx context.Context, c *client.Client, text string) (*depotv1
 		names = append(names, fullName(p))
 	}
 	return nil, fmt.Errorf("there are several projects: name one with --project, of %s", strings.Join(names, ", "))
-}
-
-// rememberProject makes the project the stored login's default.
-func (a *app) rememberProject(endpoint driver.Endpoint) error {
-	login, err := a.deps.Source.Store.Load(endpoint.Server())
-	if errors.Is(err, credentials.ErrNotFound) {
-		return nil // the token is in the environment
-	}
-	if err != nil || login.Project == endpoint.Name() {
-		return err
-	}
-	login.Project = endpoint.Name()
-	_, err = a.deps.Source.Store.Save(login)
-	return err
 }

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"connectrpc.com/connect"
 	"github.com/docker/buildx/builder"
 	bxdriver "github.com/docker/buildx/driver"
 	"github.com/docker/buildx/store"
@@ -180,7 +181,7 @@ func (d *doctor) checkPlugin(name string, root *cobra.Command) {
 func (d *doctor) checkAlias() {
 	config := d.cli.ConfigFile()
 	if alias := config.Aliases["builder"]; alias != "buildx" {
-		d.warn("alias", mendConfigure, "%s has no alias that leads `docker build` to buildx: it ignores the current builder", config.Filename)
+		d.fail("alias", mendConfigure, "%s has no alias that leads `docker build` to buildx: it ignores the current builder", config.Filename)
 		return
 	}
 	d.ok("alias", "`docker build` is `docker buildx build`")
@@ -189,15 +190,15 @@ func (d *doctor) checkAlias() {
 // checkBuilder finds the builder that a build would use.
 func (d *doctor) checkBuilder() *store.NodeGroup {
 	group, from, err := d.chosenBuilder()
+	mend := mendConfigure
+	if from == builderVariable {
+		mend = "unset BUILDX_BUILDER"
+	}
 	switch {
 	case err != nil:
-		d.fail("builder", mendConfigure, "%s: %v", from, err)
+		d.fail("builder", mend, "%s: %v", from, err)
 		return nil
 	case group.Driver != driver.Name:
-		mend := mendConfigure
-		if from != currentBuilder {
-			mend = "unset BUILDX_BUILDER"
-		}
 		name := group.Driver
 		if name == "" {
 			name = "docker"
@@ -212,8 +213,12 @@ func (d *doctor) checkBuilder() *store.NodeGroup {
 	return group
 }
 
-// currentBuilder is how messages name what `docker buildx use` chooses.
-const currentBuilder = "the current builder"
+// How messages name what chooses a builder: `docker buildx use`, or the
+// environment.
+const (
+	currentBuilder  = "the current builder"
+	builderVariable = "BUILDX_BUILDER"
+)
 
 func (d *doctor) chosenBuilder() (*store.NodeGroup, string, error) {
 	txn, release, err := storeutil.GetStore(d.cli)
@@ -221,9 +226,9 @@ func (d *doctor) chosenBuilder() (*store.NodeGroup, string, error) {
 		return nil, "buildx's store", err
 	}
 	defer release()
-	if name := d.deps.Source.Env("BUILDX_BUILDER"); name != "" {
+	if name := d.deps.Source.Env(builderVariable); name != "" {
 		group, err := storeutil.GetNodeGroup(txn, d.cli, name)
-		return group, "BUILDX_BUILDER", err
+		return group, builderVariable, err
 	}
 	group, err := storeutil.GetCurrentInstance(txn, d.cli)
 	return group, currentBuilder, err
@@ -262,7 +267,7 @@ func (d *doctor) checkLogin(server string) (client.Config, bool) {
 func (d *doctor) checkServer(ctx context.Context, c *client.Client, config client.Config) bool {
 	who, err := c.Admin.WhoAmI(ctx, &depotv1.WhoAmIRequest{})
 	if err != nil {
-		return d.fail("server", "mend what the message names", "%v", err)
+		return d.fail("server", mendServer(err, config.URL), "%v", err)
 	}
 	trust := "certificate by its authority"
 	if config.Token.Pin() != "" {
@@ -273,6 +278,19 @@ func (d *doctor) checkServer(ctx context.Context, c *client.Client, config clien
 		d.warn("clock", "set this host's clock", "the clocks of this host and the server are %s apart", apart.Round(time.Second))
 	}
 	return true
+}
+
+// mendServer says what to do about a server that gave no answer, or that
+// refused the token.
+func mendServer(err error, url string) string {
+	switch {
+	case client.Temporary(err):
+		return "start the server, with `docker depot up` if it is one of this host, or mend the URL and the way there"
+	case connect.CodeOf(err) == connect.CodeUnauthenticated, connect.CodeOf(err) == connect.CodePermissionDenied:
+		return "run `docker depot login " + url + "` with a token that is good"
+	default:
+		return "mend the URL, or run `docker depot login` with a token of this server"
+	}
 }
 
 func (d *doctor) checkProject(ctx context.Context, c *client.Client, endpoint driver.Endpoint, group *store.NodeGroup) {
@@ -301,23 +319,39 @@ func (d *doctor) checkProject(ctx context.Context, c *client.Client, endpoint dr
 	d.checkPools(ctx, c)
 }
 
-// checkPools looks at the pools, if the caller may see them.
+// checkPools looks at the pools, if the caller may see them. A pool that takes
+// no machines is worth a warning as long as another one of its architecture
+// does; without one, builds wait for as long as it lasts.
 func (d *doctor) checkPools(ctx context.Context, c *client.Client) {
 	resp, err := c.Admin.ListPools(ctx, &depotv1.ListPoolsRequest{})
 	if err != nil {
 		d.warn("pools", "ask an administrator if builds wait", "not visible to you: %v", err)
 		return
 	}
+	open := map[string]bool{}
 	for _, p := range resp.GetPools() {
-		name := p.GetAgent() + "/" + p.GetPool().GetName()
+		if p.GetConnected() && p.GetPool().GetClosed() == "" {
+			open[p.GetPool().GetArch()] = true
+		}
+	}
+	for _, p := range resp.GetPools() {
+		name, arch := p.GetAgent()+"/"+p.GetPool().GetName(), p.GetPool().GetArch()
+		c := check{Link: "pool", Result: checkWarn}
+		if !open[arch] {
+			c.Result = checkFail
+		}
 		switch {
 		case !p.GetConnected():
-			d.warn("pool", "start the agent on that host, or remove it with `docker depot agent rm`", "%s: its agent is not connected", name)
+			c.Detail = name + ": its agent is not connected"
+			c.Mend = "start the agent on that host, with `docker depot up` if that started it, or remove it with `docker depot agent rm`"
 		case p.GetPool().GetClosed() != "":
-			d.warn("pool", "mend what the reason names", "%s takes no machines: %s", name, p.GetPool().GetClosed())
+			c.Detail = name + " takes no machines: " + p.GetPool().GetClosed()
+			c.Mend = "mend what the reason names"
 		default:
-			d.ok("pool", "%s: %s, %d of %d machines", name, archName(p.GetPool().GetArch(), p.GetPool().GetEmulated()), p.GetMachines(), p.GetPool().GetMaxMachines())
+			c.Result = checkOK
+			c.Detail = fmt.Sprintf("%s: %s, %d of %d machines", name, archName(arch, p.GetPool().GetEmulated()), p.GetMachines(), p.GetPool().GetMaxMachines())
 		}
+		d.add(c)
 	}
 }
 
