@@ -23,8 +23,10 @@ type session struct {
 }
 
 // takeover is how long a process has to be silent before another of the same
-// agent takes its place: longer than the gap between two of its calls.
-const takeover = 3 * time.Second
+// agent takes its place: longer than the gap between two of its calls, which is
+// a second at most, but no longer than an agent that crashed can be done
+// without.
+const takeover = 2 * time.Second
 
 // enter begins a call of an agent's session. It reports false while another
 // session of the agent is connected.
