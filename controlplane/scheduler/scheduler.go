@@ -213,14 +213,19 @@ func loadPools(ctx context.Context, tx controlplane.Tx, sc controlplane.Scope) (
 		if err != nil {
 			return nil, err
 		}
-		views = append(views, PoolView{Pool: pool, Agent: agent, Machines: n, Ahead: ahead[""] + ahead[pool.Agent]})
+		views = append(views, PoolView{Pool: pool, Agent: agent, Machines: n, Ahead: ahead[volumePlace{}] + ahead[volumePlace{pool.Agent, pool.Name}]})
 	}
 	return views, nil
 }
 
+// volumePlace is the one pool that can run a scope's machine: where its volume
+// is. It is empty for a scope without one, which any pool can.
+type volumePlace struct{ agent, pool string }
+
 // queueAhead counts the scopes that stand before sc in its architecture's
-// queue, by the agent that holds their volume ("" for those that have none).
-func queueAhead(ctx context.Context, tx controlplane.Tx, sc controlplane.Scope) (map[string]int, error) {
+// queue, by the place of their volume: they pass none but who could take their
+// room.
+func queueAhead(ctx context.Context, tx controlplane.Tx, sc controlplane.Scope) (map[volumePlace]int, error) {
 	queue, err := tx.QueuedScopes(ctx, sc.Arch, controlplane.QueueDepth)
 	if err != nil {
 		return nil, err
@@ -228,16 +233,16 @@ func queueAhead(ctx context.Context, tx controlplane.Tx, sc controlplane.Scope) 
 	if at := slices.Index(queue, sc); at >= 0 {
 		queue = queue[:at]
 	}
-	ahead := make(map[string]int)
+	ahead := make(map[volumePlace]int)
 	for _, other := range queue {
 		v, err := scopeVolume(ctx, tx, other)
 		if err != nil {
 			return nil, err
 		}
 		if v == nil {
-			ahead[""]++
+			ahead[volumePlace{}]++
 		} else {
-			ahead[v.Agent]++
+			ahead[volumePlace{v.Agent, v.Pool}]++
 		}
 	}
 	return ahead, nil
