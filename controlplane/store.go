@@ -147,6 +147,8 @@ type FleetTx interface {
 	// LiveScopes returns every scope with a live lease or a machine that is not
 	// gone: read once, at start.
 	LiveScopes(ctx context.Context) ([]Scope, error)
+	// ScopeLeases counts the leases of a scope that have not ended.
+	ScopeLeases(ctx context.Context, s Scope) (int, error)
 	// PoolMachines counts the machines that take room in a pool: not gone.
 	PoolMachines(ctx context.Context, agent, pool string) (int, error)
 	// QueuedScopes returns the scopes of an architecture with a lease that is

@@ -69,6 +69,9 @@ func (a *adminService) CreateToken(ctx context.Context, req *depotv1.CreateToken
 	}
 	var text string
 	err := s.Store.Update(ctx, func(tx controlplane.Tx) (err error) {
+		if err := stillKnown(ctx, tx); err != nil {
+			return err
+		}
 		t := token
 		if t, err = s.grant(ctx, tx, t, req.GetProject()); err != nil {
 			return err

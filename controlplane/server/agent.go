@@ -204,7 +204,7 @@ func (s *Server) noteObservation(ctx context.Context, tx controlplane.Tx, id str
 	if agent.Orphans, err = s.orphans(ctx, tx, agent, req.GetMachines()); err != nil {
 		return err
 	}
-	if err := s.noteVolumes(ctx, tx, agent, req.GetVolumes()); err != nil {
+	if err := s.noteVolumes(ctx, tx, agent, machines, req.GetVolumes()); err != nil {
 		return err
 	}
 	if came {
@@ -358,8 +358,10 @@ func (s *Server) orphans(ctx context.Context, tx controlplane.Tx, agent controlp
 }
 
 // noteVolumes stores which committed generations an agent has lost, and
-// forgets deleted volumes that it does not list any more.
-func (s *Server) noteVolumes(ctx context.Context, tx controlplane.Tx, agent controlplane.Agent, listed []*depotv1.ObservedVolume) error {
+// forgets deleted volumes that it does not list any more. One that a machine
+// held before this report is kept: its launch may be about to make the volume,
+// which nobody would ever delete.
+func (s *Server) noteVolumes(ctx context.Context, tx controlplane.Tx, agent controlplane.Agent, machines []controlplane.Machine, listed []*depotv1.ObservedVolume) error {
 	volumes, err := tx.AgentVolumes(ctx, agent.ID)
 	if err != nil {
 		return err
@@ -367,7 +369,8 @@ func (s *Server) noteVolumes(ctx context.Context, tx controlplane.Tx, agent cont
 	for _, v := range volumes {
 		i := slices.IndexFunc(listed, func(o *depotv1.ObservedVolume) bool { return o.GetId() == v.ID })
 		if v.State == controlplane.VolumeTombstone {
-			if i < 0 {
+			held := slices.ContainsFunc(machines, func(m controlplane.Machine) bool { return m.Volume == v.ID && m.Holds() })
+			if i < 0 && !held {
 				if err := tx.DeleteVolume(ctx, v.ID); err != nil {
 					return err
 				}

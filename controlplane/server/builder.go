@@ -210,6 +210,9 @@ func (b *builderService) wanted(ctx context.Context, req *depotv1.AcquireLeaseRe
 func (b *builderService) askFor(ctx context.Context, req *depotv1.AcquireLeaseRequest, want controlplane.Lease) (controlplane.Lease, error) {
 	var lease controlplane.Lease
 	err := b.s.Store.Update(ctx, func(tx controlplane.Tx) error {
+		if err := stillKnown(ctx, tx); err != nil {
+			return err
+		}
 		project, err := b.s.project(ctx, tx, req.GetProject(), controlplane.RightBuild)
 		if err != nil {
 			return err
@@ -220,6 +223,9 @@ func (b *builderService) askFor(ctx context.Context, req *depotv1.AcquireLeaseRe
 		switch {
 		case controlplane.CodeOf(err) == controlplane.NotFound:
 			if err := canServe(ctx, tx, project, want, req.GetLaunch()); err != nil {
+				return err
+			}
+			if err := roomForLease(ctx, tx, project, want); err != nil {
 				return err
 			}
 			lease = want
@@ -240,6 +246,19 @@ func (b *builderService) askFor(ctx context.Context, req *depotv1.AcquireLeaseRe
 		return err
 	})
 	return lease, err
+}
+
+// maxLeases bounds the live leases of a project and architecture. Each plan of
+// the scope reads all of them, so one token that asks without end would hold up
+// everybody else.
+const maxLeases = 1000
+
+func roomForLease(ctx context.Context, tx controlplane.Tx, project controlplane.Project, want controlplane.Lease) error {
+	n, err := tx.ScopeLeases(ctx, scopeOf(want))
+	if err != nil || n < maxLeases {
+		return err
+	}
+	return controlplane.Errorf(controlplane.Exhausted, "project %q has %d %s builds that run or wait, which is the most: try again when some have ended", project.Name, n, want.Arch)
 }
 
 func scopeOf(l controlplane.Lease) controlplane.Scope {
@@ -348,6 +367,11 @@ func (b *builderService) certify(ctx context.Context, project controlplane.Proje
 		l, err := tx.Lease(ctx, lease.ID)
 		if err != nil {
 			return err
+		}
+		if l.State != controlplane.LeaseReady {
+			// Nobody told the machine of it: at its end it had no certificate. The
+			// client asks again and is told the end.
+			return controlplane.Errorf(controlplane.Unavailable, "lease %s has just ended: %s", l.ID, l.Reason)
 		}
 		l.CertificateUntil = issued.NotAfter
 		_, err = tx.PutLease(ctx, l)

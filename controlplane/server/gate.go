@@ -145,6 +145,18 @@ func caller(ctx context.Context) controlplane.Principal {
 	return p
 }
 
+// stillKnown refuses a caller whose token was revoked after the gate let the
+// call in. A transaction that gives something which outlives the call asks it:
+// whoever revokes a token can see, and ends, only what is stored by then.
+func stillKnown(ctx context.Context, tx controlplane.Tx) error {
+	p := caller(ctx)
+	_, err := tx.Token(ctx, p.ID)
+	if controlplane.CodeOf(err) == controlplane.NotFound {
+		return controlplane.Errorf(controlplane.Unauthenticated, "the token %q was removed: log in again, or use a new token", p.Name)
+	}
+	return err
+}
+
 // withBearer hands the bearer token on to the gate.
 func withBearer(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -237,12 +237,12 @@ func becomeReady(m controlplane.Machine) controlplane.Machine {
 // noteConnections stores how many connections each lease of the machine has.
 // What it says of other machines' leases is not heard.
 func (s *Server) noteConnections(ctx context.Context, tx controlplane.Tx, m controlplane.Machine, reported []*depotv1.LeaseConnections) error {
-	leases, err := tx.MachineLeases(ctx, m.ID, s.Now())
+	leases, err := tx.LiveLeases(ctx, controlplane.Scope{Project: m.Project, Arch: m.Arch})
 	if err != nil {
 		return err
 	}
 	for _, l := range leases {
-		if l.State != controlplane.LeaseReady {
+		if l.State != controlplane.LeaseReady || l.Machine != m.ID {
 			continue
 		}
 		was := l

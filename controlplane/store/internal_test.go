@@ -125,6 +125,7 @@ func perLease(ctx context.Context) map[string]func(x *tx) error {
 		"PutMachine":      func(x *tx) error { return x.PutMachine(ctx, controlplane.Machine{ID: "mch_1", Volume: "vol_1"}) },
 		"ScopeMachines":   func(x *tx) error { _, err := x.ScopeMachines(ctx, scope); return err },
 		"AgentMachines":   func(x *tx) error { _, err := x.AgentMachines(ctx, "agt_1"); return err },
+		"ScopeLeases":     func(x *tx) error { _, err := x.ScopeLeases(ctx, scope); return err },
 		"PoolMachines":    func(x *tx) error { _, err := x.PoolMachines(ctx, "agt_1", "local"); return err },
 		"Machines": func(x *tx) error {
 			_, err := x.Machines(ctx, controlplane.MachineFilter{Project: "prj_1", Ended: true, Limit: 10})

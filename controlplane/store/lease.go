@@ -84,6 +84,15 @@ func (x *tx) LiveScopes(ctx context.Context) ([]controlplane.Scope, error) {
 		"UNION SELECT project, arch FROM machines WHERE gone IS NULL ORDER BY project, arch")
 }
 
+func (x *tx) ScopeLeases(ctx context.Context, s controlplane.Scope) (int, error) {
+	n := 0
+	err := x.row(ctx, "SELECT count(*) FROM leases WHERE project = $1 AND arch = $2 AND state <> 'ended'", []any{s.Project, s.Arch}, []any{&n})
+	if err != nil {
+		return 0, fmt.Errorf("count the leases of %s: %w", s, err)
+	}
+	return n, nil
+}
+
 func (x *tx) QueuedScopes(ctx context.Context, arch string, limit int) ([]controlplane.Scope, error) {
 	return x.scopes(ctx, "SELECT project, arch FROM leases WHERE arch = $1 AND state = 'waiting' AND queued "+
 		"GROUP BY arch, project ORDER BY min(seq) LIMIT $2", arch, limit)

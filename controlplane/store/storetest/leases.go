@@ -68,6 +68,10 @@ func scopeLeases(t *testing.T, s controlplane.Store) {
 		check(t, "of a scope", all, err, leaseID, "lse_c", "lse_a")
 		all, err = tx.LiveLeases(ctx, controlplane.Scope{Project: "prj_3", Arch: "amd64"})
 		check(t, "of no scope", all, err, leaseID)
+		n, err := tx.ScopeLeases(ctx, controlplane.Scope{Project: "prj_1", Arch: "amd64"})
+		if n != 2 || err != nil {
+			t.Errorf("counted %d leases of a scope with error %v, want 2", n, err)
+		}
 		all, err = tx.PrincipalLeases(ctx, "tok_1")
 		check(t, "of a principal", all, err, leaseID, "lse_c", "lse_d", "lse_e")
 		return nil
