@@ -68,13 +68,23 @@ func domainUsage(u *depotv1.Usage) controlplane.Usage {
 		return controlplane.Usage{}
 	}
 	return controlplane.Usage{
-		At:               u.GetAt().AsTime(),
+		At:               readAt(u.GetAt()),
 		DiskUsedBytes:    u.GetDiskUsedBytes(),
 		DiskFreeBytes:    u.GetDiskFreeBytes(),
 		CPUTime:          time.Duration(u.GetCpuNanoseconds()),
 		MemoryBytes:      u.GetMemoryBytes(),
 		MemoryLimitBytes: u.GetMemoryLimitBytes(),
 	}
+}
+
+// readAt is when a machine read its usage, by its own clock. One that is so
+// wrong that no store holds its time leaves none.
+func readAt(at *timestamppb.Timestamp) time.Time {
+	t := at.AsTime()
+	if !at.IsValid() || t.Year() < 1970 || t.Year() > 2260 {
+		return time.Time{}
+	}
+	return t
 }
 
 func wireProject(p controlplane.Project, org string) *depotv1.Project {
