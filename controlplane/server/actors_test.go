@@ -24,17 +24,17 @@ type driver struct {
 }
 
 // driver returns a client that asks for amd64 machines of its token's project.
-func (cp *controlPlane) driver(t testing.TB, token string) *driver {
-	t.Helper()
-	d := &driver{Client: cp.client(t, token)}
-	d.renew(t)
+func (cp *controlPlane) driver(tb testing.TB, token string) *driver {
+	tb.Helper()
+	d := &driver{Client: cp.client(tb, token)}
+	d.renew(tb)
 	return d
 }
 
 // renew gives the driver a new lease id and key, as a new process has.
-func (d *driver) renew(t testing.TB) {
-	t.Helper()
-	key, csr := newKey(t)
+func (d *driver) renew(tb testing.TB) {
+	tb.Helper()
+	key, csr := newKey(tb)
 	d.key, d.req = key, &depotv1.AcquireLeaseRequest{LeaseId: newLeaseID(), Project: &depotv1.ProjectRef{}, Arch: "amd64", Csr: csr, Launch: true}
 }
 
@@ -45,10 +45,10 @@ func newLeaseID() string {
 func (d *driver) lease() string { return d.req.GetLeaseId() }
 
 // poll calls once.
-func (d *driver) poll(t testing.TB) *depotv1.AcquireLeaseResponse {
-	t.Helper()
-	resp, err := d.Builder.AcquireLease(t.Context(), d.req)
-	must(t, err)
+func (d *driver) poll(tb testing.TB) *depotv1.AcquireLeaseResponse {
+	tb.Helper()
+	resp, err := d.Builder.AcquireLease(tb.Context(), d.req)
+	must(tb, err)
 	return resp
 }
 
@@ -65,37 +65,36 @@ func (d *driver) acquire(ctx context.Context) (*depotv1.AcquireLeaseResponse, er
 }
 
 // ready is acquire for a lease that becomes ready.
-func (d *driver) ready(t testing.TB) *depotv1.AcquireLeaseResponse {
-	t.Helper()
-	resp, err := d.acquire(t.Context())
-	must(t, err)
+func (d *driver) ready(tb testing.TB) *depotv1.AcquireLeaseResponse {
+	tb.Helper()
+	resp, err := d.acquire(tb.Context())
+	must(tb, err)
 	if resp.GetState() != depotv1.LeaseState_LEASE_STATE_READY {
-		t.Fatalf("lease is %s (%s), want ready", resp.GetState(), resp.GetReason())
+		tb.Fatalf("lease is %s (%s), want ready", resp.GetState(), resp.GetReason())
 	}
 	return resp
 }
 
-// waits calls until the lease waits for what words say, and returns the reason.
-func (d *driver) waits(t testing.TB, words ...string) string {
-	t.Helper()
+// waits calls until the lease waits for what words say.
+func (d *driver) waits(tb testing.TB, words ...string) {
+	tb.Helper()
 	reason := ""
 	for end := time.Now().Add(patience); time.Now().Before(end); {
-		resp := d.poll(t)
+		resp := d.poll(tb)
 		if resp.GetState() != depotv1.LeaseState_LEASE_STATE_WAITING {
-			t.Fatalf("lease is %s (%s), want waiting", resp.GetState(), resp.GetReason())
+			tb.Fatalf("lease is %s (%s), want waiting", resp.GetState(), resp.GetReason())
 		}
 		if reason = resp.GetReason(); containsAll(reason, words) {
-			return reason
+			return
 		}
 	}
-	t.Fatalf("the lease waits for %q, want %q", reason, words)
-	return ""
+	tb.Fatalf("the lease waits for %q, want %q", reason, words)
 }
 
-func (d *driver) release(t testing.TB) {
-	t.Helper()
-	_, err := d.Builder.ReleaseLease(t.Context(), &depotv1.ReleaseLeaseRequest{LeaseId: d.lease()})
-	must(t, err)
+func (d *driver) release(tb testing.TB) {
+	tb.Helper()
+	_, err := d.Builder.ReleaseLease(tb.Context(), &depotv1.ReleaseLeaseRequest{LeaseId: d.lease()})
+	must(tb, err)
 }
 
 // agent is a cloud agent: what it sees is in its maps, and what it does about
@@ -104,26 +103,27 @@ type agent struct {
 	cp *controlPlane
 	*client.Client
 	id, name string
+	identity *mtls.Identity
 	report   *depotv1.SyncAgentRequest
 	machines map[string]*depotv1.ObservedMachine
 	volumes  map[string]*depotv1.ObservedVolume
 }
 
 // agent joins an agent with pools and connects it.
-func (cp *controlPlane) agent(t testing.TB, name string, pools ...*depotv1.Pool) *agent {
-	t.Helper()
-	token := cp.token(t, &depotv1.CreateTokenRequest{Kind: "agent", Name: name})
-	key, csr := newKey(t)
-	joined, err := cp.agentClient(t, nil).Agent.Join(t.Context(), &depotv1.JoinRequest{Token: token, Csr: csr, Name: name})
-	must(t, err)
+func (cp *controlPlane) agent(tb testing.TB, name string, pools ...*depotv1.Pool) *agent {
+	tb.Helper()
+	token := cp.token(tb, &depotv1.CreateTokenRequest{Kind: "agent", Name: name})
+	key, csr := newKey(tb)
+	joined, err := cp.agentClient(tb, nil).Agent.Join(tb.Context(), &depotv1.JoinRequest{Token: token, Csr: csr, Name: name})
+	must(tb, err)
 	identity, err := mtls.NewIdentity(key, joined.GetIdentity().GetChain())
-	must(t, err)
+	must(tb, err)
 	a := &agent{
-		cp: cp, Client: cp.agentClient(t, identity), id: joined.GetAgentId(), name: name,
+		cp: cp, Client: cp.agentClient(tb, identity), id: joined.GetAgentId(), name: name, identity: identity,
 		report:   &depotv1.SyncAgentRequest{SessionId: "first", ServerId: joined.GetServerId(), Pools: pools, Version: "test"},
 		machines: make(map[string]*depotv1.ObservedMachine), volumes: make(map[string]*depotv1.ObservedVolume),
 	}
-	a.sync(t)
+	a.sync(tb)
 	return a
 }
 
@@ -146,24 +146,24 @@ func (a *agent) call(ctx context.Context, revision uint64) (*depotv1.SyncAgentRe
 }
 
 // sync reports, and returns the orders as they are.
-func (a *agent) sync(t testing.TB) *depotv1.SyncAgentResponse {
-	t.Helper()
-	resp, err := a.call(t.Context(), 0)
-	must(t, err)
+func (a *agent) sync(tb testing.TB) *depotv1.SyncAgentResponse {
+	tb.Helper()
+	resp, err := a.call(tb.Context(), 0)
+	must(tb, err)
 	return resp
 }
 
 // until syncs until the orders are as wanted.
-func (a *agent) until(t testing.TB, what string, wanted func(*depotv1.SyncAgentResponse) bool) *depotv1.SyncAgentResponse {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+func (a *agent) until(tb testing.TB, what string, wanted func(*depotv1.SyncAgentResponse) bool) *depotv1.SyncAgentResponse {
+	tb.Helper()
+	ctx, cancel := context.WithTimeout(tb.Context(), patience)
 	defer cancel()
 	for revision := uint64(0); ; {
 		resp, err := a.call(ctx, revision)
 		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-			t.Fatalf("agent %s waited in vain for orders: %s", a.name, what)
+			tb.Fatalf("agent %s waited in vain for orders: %s", a.name, what)
 		}
-		must(t, err)
+		must(tb, err)
 		if wanted(resp) {
 			return resp
 		}
@@ -173,10 +173,10 @@ func (a *agent) until(t testing.TB, what string, wanted func(*depotv1.SyncAgentR
 
 // ordered waits for a machine of which the order says action, and that the
 // agent does not list unless known says so.
-func (a *agent) ordered(t testing.TB, action depotv1.MachineOrder_Action, id string) *depotv1.MachineOrder {
-	t.Helper()
+func (a *agent) ordered(tb testing.TB, action depotv1.MachineOrder_Action, id string) *depotv1.MachineOrder {
+	tb.Helper()
 	var found *depotv1.MachineOrder
-	a.until(t, action.String()+" "+id, func(resp *depotv1.SyncAgentResponse) bool {
+	a.until(tb, action.String()+" "+id, func(resp *depotv1.SyncAgentResponse) bool {
 		found = nil
 		for _, o := range resp.GetMachines() {
 			if o.GetAction() == action && (o.GetId() == id || id == "" && o.GetLaunch() != nil && a.machines[o.GetId()] == nil) {
@@ -190,9 +190,9 @@ func (a *agent) ordered(t testing.TB, action depotv1.MachineOrder_Action, id str
 
 // launch waits for the order of a new machine and launches it: it runs, and
 // has not registered yet.
-func (a *agent) launch(t testing.TB) *machine {
-	t.Helper()
-	order := a.ordered(t, depotv1.MachineOrder_ACTION_RUN, "")
+func (a *agent) launch(tb testing.TB) *machine {
+	tb.Helper()
+	order := a.ordered(tb, depotv1.MachineOrder_ACTION_RUN, "")
 	l := order.GetLaunch()
 	a.machines[order.GetId()] = &depotv1.ObservedMachine{
 		Id: order.GetId(), State: depotv1.ObservedMachine_STATE_RUNNING, Address: "192.0.2.1:4000", VolumeId: l.GetVolumeId(),
@@ -200,23 +200,23 @@ func (a *agent) launch(t testing.TB) *machine {
 	if a.volumes[l.GetVolumeId()] == nil {
 		a.volumes[l.GetVolumeId()] = &depotv1.ObservedVolume{Id: l.GetVolumeId()}
 	}
-	a.sync(t)
-	return a.cp.machine(t, order)
+	a.sync(tb)
+	return a.cp.machine(tb, order)
 }
 
 // serve launches a machine and makes it ready.
-func (a *agent) serve(t testing.TB) *machine {
-	t.Helper()
-	m := a.launch(t)
-	m.register(t)
-	m.ready(t)
+func (a *agent) serve(tb testing.TB) *machine {
+	tb.Helper()
+	m := a.launch(tb)
+	m.register(tb)
+	m.ready(tb)
 	return m
 }
 
 // exited has the agent see that nothing of the machine runs any more, cleanly
 // with its generation committed or not.
-func (a *agent) exited(t testing.TB, m *machine, clean bool) *depotv1.SyncAgentResponse {
-	t.Helper()
+func (a *agent) exited(tb testing.TB, m *machine, clean bool) {
+	tb.Helper()
 	seen := &depotv1.ObservedMachine{Id: m.id, State: depotv1.ObservedMachine_STATE_EXITED, VolumeId: m.launch.GetVolumeId(), Clean: clean}
 	if clean {
 		seen.GenerationId = m.launch.GetGenerationId()
@@ -226,17 +226,17 @@ func (a *agent) exited(t testing.TB, m *machine, clean bool) *depotv1.SyncAgentR
 		seen.Reason = "buildkitd was killed"
 	}
 	a.machines[m.id] = seen
-	return a.sync(t)
+	a.sync(tb)
 }
 
 // stopped brings a draining machine to its clean end, up to its removal.
-func (a *agent) stopped(t testing.TB, m *machine) {
-	t.Helper()
-	a.ordered(t, depotv1.MachineOrder_ACTION_STOP, m.id)
-	a.exited(t, m, true)
-	a.ordered(t, depotv1.MachineOrder_ACTION_DESTROY, m.id)
+func (a *agent) stopped(tb testing.TB, m *machine) {
+	tb.Helper()
+	a.ordered(tb, depotv1.MachineOrder_ACTION_STOP, m.id)
+	a.exited(tb, m, true)
+	a.ordered(tb, depotv1.MachineOrder_ACTION_DESTROY, m.id)
 	delete(a.machines, m.id)
-	a.sync(t)
+	a.sync(tb)
 }
 
 // machine is a machine agent.
@@ -252,10 +252,10 @@ type machine struct {
 }
 
 // machine returns the machine of an order, before it registers.
-func (cp *controlPlane) machine(t testing.TB, order *depotv1.MachineOrder) *machine {
-	t.Helper()
+func (cp *controlPlane) machine(tb testing.TB, order *depotv1.MachineOrder) *machine {
+	tb.Helper()
 	m := &machine{cp: cp, id: order.GetId(), launch: order.GetLaunch(), report: &depotv1.SyncMachineRequest{MachineId: order.GetId()}}
-	m.key, m.csr = newKey(t)
+	m.key, m.csr = newKey(tb)
 	return m
 }
 
@@ -264,36 +264,36 @@ func (m *machine) request() *depotv1.RegisterRequest {
 	return &depotv1.RegisterRequest{MachineId: m.id, JoinToken: m.launch.GetJoinToken(), Csr: m.csr}
 }
 
-func (m *machine) register(t testing.TB) *depotv1.RegisterResponse {
-	t.Helper()
-	resp, err := m.cp.agentClient(t, nil).Machine.Register(t.Context(), m.request())
-	must(t, err)
+func (m *machine) register(tb testing.TB) *depotv1.RegisterResponse {
+	tb.Helper()
+	resp, err := m.cp.agentClient(tb, nil).Machine.Register(tb.Context(), m.request())
+	must(tb, err)
 	m.identity, err = mtls.NewIdentity(m.key, resp.GetIdentity().GetChain())
-	must(t, err)
-	m.Client = m.cp.agentClient(t, m.identity)
+	must(tb, err)
+	m.Client = m.cp.agentClient(tb, m.identity)
 	return resp
 }
 
 // sync reports, and returns the directive as it is.
-func (m *machine) sync(t testing.TB) *depotv1.SyncMachineResponse {
-	t.Helper()
+func (m *machine) sync(tb testing.TB) *depotv1.SyncMachineResponse {
+	tb.Helper()
 	m.report.HaveRevision = 0
-	resp, err := m.Machine.SyncMachine(t.Context(), m.report)
-	must(t, err)
+	resp, err := m.Machine.SyncMachine(tb.Context(), m.report)
+	must(tb, err)
 	return resp
 }
 
 // until syncs until the directive is as wanted.
-func (m *machine) until(t testing.TB, what string, wanted func(*depotv1.SyncMachineResponse) bool) *depotv1.SyncMachineResponse {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+func (m *machine) until(tb testing.TB, what string, wanted func(*depotv1.SyncMachineResponse) bool) *depotv1.SyncMachineResponse {
+	tb.Helper()
+	ctx, cancel := context.WithTimeout(tb.Context(), patience)
 	defer cancel()
 	for m.report.HaveRevision = 0; ; {
 		resp, err := m.Machine.SyncMachine(ctx, m.report)
 		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-			t.Fatalf("machine %s waited in vain for a directive: %s", m.id, what)
+			tb.Fatalf("machine %s waited in vain for a directive: %s", m.id, what)
 		}
-		must(t, err)
+		must(tb, err)
 		if wanted(resp) {
 			return resp
 		}
@@ -302,17 +302,17 @@ func (m *machine) until(t testing.TB, what string, wanted func(*depotv1.SyncMach
 }
 
 // ready reports that buildkitd answers.
-func (m *machine) ready(t testing.TB) {
-	t.Helper()
+func (m *machine) ready(tb testing.TB) {
+	tb.Helper()
 	m.report.State, m.report.BuildkitVersion = depotv1.MachineState_MACHINE_STATE_READY, "v0.33.1"
-	m.sync(t)
+	m.sync(tb)
 }
 
 // connected reports how many connections a lease has, and how many it had.
-func (m *machine) connected(t testing.TB, lease string, open int32, total int64) {
-	t.Helper()
+func (m *machine) connected(tb testing.TB, lease string, open int32, total int64) {
+	tb.Helper()
 	m.report.Connections = []*depotv1.LeaseConnections{{LeaseId: lease, Open: open, Total: total}}
-	m.sync(t)
+	m.sync(tb)
 }
 
 func containsAll(text string, words []string) bool {

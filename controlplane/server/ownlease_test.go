@@ -15,18 +15,18 @@ import (
 )
 
 // leaf parses a chain's leaf and checks it against the authority.
-func leaf(t testing.TB, chain [][]byte, authority []byte, usage x509.ExtKeyUsage) *x509.Certificate {
-	t.Helper()
+func leaf(tb testing.TB, chain [][]byte, authority []byte, usage x509.ExtKeyUsage) *x509.Certificate {
+	tb.Helper()
 	cert, err := x509.ParseCertificate(chain[0])
-	must(t, err)
+	must(tb, err)
 	root, err := x509.ParseCertificate(authority)
-	must(t, err)
+	must(tb, err)
 	roots := x509.NewCertPool()
 	roots.AddCert(root)
 	_, err = cert.Verify(x509.VerifyOptions{Roots: roots, KeyUsages: []x509.ExtKeyUsage{usage}})
-	must(t, err)
+	must(tb, err)
 	if !slices.Equal(cert.ExtKeyUsage, []x509.ExtKeyUsage{usage}) || cert.IsCA || len(cert.UnknownExtKeyUsage) > 0 {
-		t.Errorf("usages %v, authority %v; want %v alone", cert.ExtKeyUsage, cert.IsCA, usage)
+		tb.Errorf("usages %v, authority %v; want %v alone", cert.ExtKeyUsage, cert.IsCA, usage)
 	}
 	return cert
 }
@@ -43,13 +43,13 @@ func names(c *x509.Certificate) []string {
 	return all
 }
 
-func lifetime(t testing.TB, cp *controlPlane, c *x509.Certificate, want time.Duration) {
-	t.Helper()
+func lifetime(tb testing.TB, cp *controlPlane, c *x509.Certificate, want time.Duration) {
+	tb.Helper()
 	if d := c.NotAfter.Sub(cp.now()); d > want || d < want-time.Minute {
-		t.Errorf("good for %s more, want %s", d, want)
+		tb.Errorf("good for %s more, want %s", d, want)
 	}
 	if d := cp.now().Sub(c.NotBefore); d < cp.times.Backdate || d > cp.times.Backdate+time.Minute {
-		t.Errorf("good since %s ago, want %s", d, cp.times.Backdate)
+		tb.Errorf("good since %s ago, want %s", d, cp.times.Backdate)
 	}
 }
 

@@ -87,14 +87,14 @@ func TestMainPath(t *testing.T) {
 
 // meet has the driver and its machine meet over TLS, with nothing but what the
 // control plane gave each of them.
-func meet(t testing.TB, d *driver, ready *depotv1.AcquireLeaseResponse, m *machine, registered *depotv1.RegisterResponse) {
-	t.Helper()
+func meet(tb testing.TB, d *driver, ready *depotv1.AcquireLeaseResponse, m *machine, registered *depotv1.RegisterResponse) {
+	tb.Helper()
 	served, err := mtls.NewIdentity(m.key, registered.GetServerCertificate().GetChain())
-	must(t, err)
+	must(tb, err)
 	clients, err := mtls.NewAnchors(registered.GetTrustAnchors())
-	must(t, err)
+	must(tb, err)
 	admitted := make(chan mtls.LeafName, 1)
-	l := listen(t, mtls.Server{Identity: served, Anchors: clients, Admit: func(leaf *x509.Certificate) error {
+	l := listen(tb, mtls.Server{Identity: served, Anchors: clients, Admit: func(leaf *x509.Certificate) error {
 		name, err := mtls.ParseLeafName(leaf)
 		admitted <- name
 		return err
@@ -110,19 +110,19 @@ func meet(t testing.TB, d *driver, ready *depotv1.AcquireLeaseResponse, m *machi
 		done <- err
 	}()
 	identity, err := mtls.NewIdentity(d.key, ready.GetCertificate().GetChain())
-	must(t, err)
+	must(tb, err)
 	anchors, err := mtls.NewAnchors(ready.GetEndpoint().GetTrustAnchors())
-	must(t, err)
+	must(tb, err)
 	config := mtls.Client{Identity: identity, Anchors: anchors, ServerName: ready.GetEndpoint().GetServerName()}.Config()
-	conn, err := (&tls.Dialer{Config: config}).DialContext(t.Context(), "tcp", l.Addr().String())
-	must(t, err)
+	conn, err := (&tls.Dialer{Config: config}).DialContext(tb.Context(), "tcp", l.Addr().String())
+	must(tb, err)
 	buf := make([]byte, 5)
 	_, err = conn.Read(buf)
-	must(t, err)
+	must(tb, err)
 	_ = conn.Close()
-	must(t, <-done)
+	must(tb, <-done)
 	if got, want := <-admitted, (mtls.LeafName{Server: m.cp.record.ID, Lease: d.lease(), Machine: m.id}); got != want {
-		t.Errorf("the machine sees %v, want %v", got, want)
+		tb.Errorf("the machine sees %v, want %v", got, want)
 	}
 }
 
@@ -131,6 +131,7 @@ func meet(t testing.TB, d *driver, ready *depotv1.AcquireLeaseResponse, m *machi
 func TestDeadlinesOnTheirOwn(t *testing.T) {
 	t.Parallel()
 	cp := newControlPlane(t, func(times *controlplane.Times) { times.WaitTTL = 300 * time.Millisecond })
+	cp.run()
 	_, token := cp.project(t, "web", nil)
 	cp.agent(t, "host-1", pool(1))
 	d := cp.driver(t, token)

@@ -11,13 +11,13 @@ import (
 )
 
 // away has the control plane down for some time, and starts it again.
-func (cp *controlPlane) away(t testing.TB, d time.Duration) {
-	t.Helper()
-	cp.stop(t)
+func (cp *controlPlane) away(tb testing.TB, d time.Duration) {
+	tb.Helper()
+	cp.stop(tb)
 	cp.mu.Lock()
 	cp.passed += d
 	cp.mu.Unlock()
-	cp.start(t)
+	cp.start(tb)
 }
 
 // TestBuildsSurvive has the control plane down for longer than any lease lives:
