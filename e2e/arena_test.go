@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	_ "modernc.org/sqlite" // the store is read beside its owner, which may be dead
 
@@ -45,7 +46,7 @@ type arena struct {
 	home *site.Home
 	// context is a build context with heldDockerfile.
 	context string
-	// holdRunc is a file: while it exists, the host's runc does not start.
+	// holdRunc is a file: while it exists, the host's runc creates nothing.
 	holdRunc string
 	rand     *rand.Rand
 	builds   int
@@ -67,7 +68,7 @@ func arenaOn(t *testing.T, s *site.Site, c site.HostConfig) *arena {
 	a := &arena{t: t, s: s, holdRunc: filepath.Join(s.Dir, "hold-runc")}
 	// The real runc, on a host that can be slow.
 	runc := filepath.Join(s.Dir, "slow-runc")
-	script := fmt.Sprintf("#!/bin/sh\nwhile [ -e %s ]; do sleep 0.02; done\nexec %s \"$@\"\n", a.holdRunc, filepath.Join(site.Bin(t), "buildkit-runc"))
+	script := fmt.Sprintf("#!/bin/sh\ncase \" $* \" in *' create '*) while [ -e %s ]; do sleep 0.02; done;; esac\nexec %s \"$@\"\n", a.holdRunc, filepath.Join(site.Bin(t), "buildkit-runc"))
 	if err := os.WriteFile(runc, []byte(script), 0o755); err != nil { //nolint:gosec // a program
 		t.Fatal(err)
 	}
@@ -81,9 +82,9 @@ func arenaOn(t *testing.T, s *site.Site, c site.HostConfig) *arena {
 	return a
 }
 
-// query reads one row of the control plane's store, whether or not a control
-// plane runs; false if there is none.
-func (a *arena) query(dest []any, query string, args ...any) bool {
+// query reads one row, if there is one, of the control plane's store, whether or
+// not a control plane runs.
+func (a *arena) query(dest []any, query string, args ...any) {
 	a.t.Helper()
 	db, err := sql.Open("sqlite", "file:"+filepath.Join(a.s.ControlPlaneDir(), "depot.db")+"?_pragma=busy_timeout(10000)")
 	if err != nil {
@@ -94,7 +95,6 @@ func (a *arena) query(dest []any, query string, args ...any) bool {
 	if err != nil && !errors.Is(err, sql.ErrNoRows) {
 		a.t.Fatalf("read the store: %v", err)
 	}
-	return err == nil
 }
 
 // count counts rows of the store.
@@ -169,9 +169,6 @@ func (a *arena) startUpload() *build {
 		defer w.Close() //nolint:errcheck // the client may be dead
 		out := tar.NewWriter(io.MultiWriter(w, counter{b.sent}))
 		junk := make([]byte, uploadBytes/2)
-		for i := range junk {
-			junk[i] = byte(i * i >> 7)
-		}
 		file := func(name string, mode int64, size int) error {
 			return out.WriteHeader(&tar.Header{Name: name, Mode: mode, Size: int64(size)})
 		}
@@ -341,11 +338,12 @@ func (a *arena) fresh() {
 }
 
 // consistent waits until the host runs exactly the machines that the store
-// says it does, each with one buildkitd at most, on a volume of its own.
+// says it does, each with one buildkitd at most, on a volume of its own, and
+// has nothing that belongs to any other.
 func (a *arena) consistent() {
 	a.t.Helper()
-	var stored, running []string
-	site.Eventually(a.t, "store and host agree about machines", func() bool {
+	var stored, running, strays []string
+	for end := time.Now().Add(time.Minute); ; {
 		stored, running = nil, nil
 		for _, m := range a.machines() {
 			stored = append(stored, m.GetId())
@@ -353,8 +351,17 @@ func (a *arena) consistent() {
 		for _, p := range a.h.Processes(a.t, "depot-agent") {
 			running = append(running, p.Machine)
 		}
-		return sameSet(stored, running)
-	})
+		slices.Sort(stored)
+		slices.Sort(running)
+		strays = a.h.Strays(a.t, stored)
+		if slices.Equal(stored, running) && len(strays) == 0 {
+			break
+		}
+		if time.Now().After(end) {
+			a.t.Fatalf("after a minute the store has machines %v, the host runs %v and has strays %v", stored, running, strays)
+		}
+		<-time.After(20 * time.Millisecond)
+	}
 	volumes := map[string]bool{}
 	for _, m := range a.machines() {
 		if volumes[m.GetVolumeId()] {
@@ -368,13 +375,6 @@ func (a *arena) consistent() {
 			a.t.Errorf("machine %s runs %d buildkitds", p.Machine, daemons[p.Machine])
 		}
 	}
-}
-
-func sameSet(a, b []string) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	return !slices.ContainsFunc(a, func(x string) bool { return !slices.Contains(b, x) })
 }
 
 // replaced returns args with one value in place of another.

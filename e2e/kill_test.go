@@ -3,6 +3,7 @@ package e2e
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -99,7 +100,7 @@ func (a *attempt) inWaiting(bool) error {
 	return want(s.State == "waiting" && s.Machine == "" && a.other.sleeper() != 0, "the lease waits without a machine", s)
 }
 
-// openLaunching: the host's runc does not start.
+// openLaunching: the host's runc creates nothing.
 func (a *attempt) openLaunching() bool {
 	a.fresh()
 	if err := os.WriteFile(a.holdRunc, nil, 0o600); err != nil {
@@ -112,7 +113,7 @@ func (a *attempt) openLaunching() bool {
 
 func (a *attempt) inLaunching(bool) error {
 	s := a.build.stands()
-	noted, _ := os.ReadFile(filepath.Join(a.h.StateDir, "machines", s.Machine)) //nolint:gosec // the agent's ledger
+	noted, _ := os.ReadFile(filepath.Join(a.h.StateDir, "machines", s.Machine))
 	return want(s.State == "waiting" && s.MachineState == "pending" && string(noted) == "launching\n", "the lease waits and the agent launches", s)
 }
 
@@ -377,7 +378,7 @@ func killAll(t *testing.T, v victim, kills, seed, stream uint64) {
 	t.Helper()
 	a := newArena(t, seed, stream)
 	var table strings.Builder
-	defer func() { t.Logf("seed %d:\n%s", seed, &table) }()
+	defer func() { report(t, fmt.Sprintf("kills of the %s with seed %d:\n%s", v, seed, &table)) }()
 	for _, w := range windows() {
 		if why := w.not[v]; why != "" {
 			fmt.Fprintf(&table, "%-14s %-13s none: %s\n", v, w.name, why)
@@ -401,6 +402,25 @@ func killAll(t *testing.T, v victim, kills, seed, stream uint64) {
 	site.Eventually(t, "all leases have ended", func() bool { return a.count("leases WHERE state <> 'ended'") == 0 })
 	if n := a.count("machines WHERE gone IS NULL"); n != 0 {
 		t.Errorf("%d machines still hold their volume", n)
+	}
+}
+
+// report logs what was done, and adds it to the file DEPOT_REPORT, because the
+// logs of tests that passed are not shown.
+func report(t *testing.T, text string) {
+	t.Helper()
+	t.Log(text)
+	path := os.Getenv("DEPOT_REPORT") //nolint:forbidigo // this is the tests' main
+	if path == "" {
+		return
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = io.WriteString(f, text)
+	if err := errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
 	}
 }
 

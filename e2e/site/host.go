@@ -165,7 +165,11 @@ func (h *Host) Processes(tb TB, command string) []MachineProcess {
 // them.
 func (h *Host) inits(tb TB) []MachineProcess {
 	tb.Helper()
-	out := run(tb, filepath.Join(h.site.bin, "buildkit-runc"), "--root", filepath.Join(h.RunDir, "local", "runc"), "list", "--format", "json")
+	root := filepath.Join(h.RunDir, "local", "runc")
+	if _, err := os.Stat(root); err != nil {
+		return nil // it has run none yet
+	}
+	out := run(tb, filepath.Join(h.site.bin, "buildkit-runc"), "--root", root, "list", "--format", "json")
 	var containers []struct {
 		ID     string `json:"id"`
 		Pid    int    `json:"pid"`

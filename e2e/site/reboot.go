@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -111,6 +112,40 @@ func removeCgroups(tb TB, dir string) {
 		}
 		return err != nil || syscall.Rmdir(dir) == nil
 	})
+}
+
+// Strays lists what is on the host that belongs to none of the machines named:
+// cgroups, mounts, files of the run directory, and network devices, of which a
+// machine has one.
+func (h *Host) Strays(tb TB, machines []string) []string {
+	tb.Helper()
+	var out []string
+	stray := func(what, dir string) {
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			return // gone meanwhile
+		}
+		for _, e := range entries {
+			if e.IsDir() && !slices.Contains(machines, e.Name()) {
+				out = append(out, what+" "+filepath.Join(dir, e.Name()))
+			}
+		}
+	}
+	for _, c := range h.cgroups(tb) {
+		stray("cgroup", c)
+	}
+	for _, name := range []string{"machines", "runc"} {
+		stray("directory", filepath.Join(h.RunDir, "local", name))
+	}
+	for _, m := range mountsBelow(filepath.Join(h.RunDir, "local", "machines")) {
+		if !slices.ContainsFunc(machines, func(id string) bool { return strings.Contains(m, id) }) {
+			out = append(out, "mount "+m)
+		}
+	}
+	if n := strings.Count(h.net.IP(tb, "-o", "link"), ": dp"+h.key(tb)+"-"); n > len(machines) {
+		out = append(out, strconv.Itoa(n)+" network devices")
+	}
+	return out
 }
 
 // checkLeft fails the test if anything of the host's machines is left that does
