@@ -192,11 +192,14 @@ func TestInterrupt(t *testing.T) {
 	running.WaitOutput(t, `RUN ["/bin/busybox","sleep"`)
 	site.Eventually(t, "the step runs", func() bool { return len(h.Processes(t, "busybox")) == 1 })
 	machine := s.Machines(t)[0].GetId()
+	if ready := "machine " + machine + " is ready, after "; !strings.Contains(running.Output(), ready) {
+		t.Errorf("progress does not say %q:\n%s", ready, running.Output())
+	}
 
 	// The host's only machine is taken.
 	waiting := homes["web"].StartBuildx(t, "build", "--progress", "plain", dir)
 	waiting.WaitOutput(t, "[depot] waiting for an "+site.NativeArch()+" machine")
-	waiting.WaitOutput(t, "full")
+	waiting.WaitOutput(t, "pool local-"+site.NativeArch()+" of host host1 is full (1 of 1 machines run")
 	before := released(t, s)
 	wantInterrupted(t, waiting)
 	if n := released(t, s) - before; n != 1 {

@@ -149,11 +149,18 @@ func wantProvenance(t *testing.T, s *site.Site, index ocispecs.Index) {
 	t.Errorf("no attestation in the index: %v", index.Manifests)
 }
 
-// TestInputs gives a build a secret, an SSH agent, a named context, arguments
-// and heredocs.
+// TestInputs gives builds more than a directory.
 func TestInputs(t *testing.T) {
 	t.Parallel()
-	_, _, home := newProject(t)
+	s, home := newPeerProject(t)
+	t.Run("beside the context", func(t *testing.T) { buildInputs(t, home) })
+	t.Run("git", func(t *testing.T) { buildGit(t, s, home) })
+}
+
+// buildInputs gives a build a secret, an SSH agent, a named context, arguments
+// and heredocs.
+func buildInputs(t *testing.T, home *site.Home) {
+	t.Helper()
 	dir := site.Context(t, map[string]string{"Dockerfile": inputsDockerfile})
 	extra := site.Context(t, map[string]string{"named": "from a named context\n"})
 	compile(t, "./testdata/sshkeys", filepath.Join(dir, "sshkeys"), "linux/"+site.NativeArch())
@@ -198,11 +205,10 @@ func startSSHAgent(t *testing.T, home *site.Home) (socket, key string) {
 	return socket, string(blob)
 }
 
-// TestGitContext builds from a repository that the machine fetches, and from
-// one branch's directory of it.
-func TestGitContext(t *testing.T) {
-	t.Parallel()
-	s, home := newPeerProject(t)
+// buildGit builds from a repository that the machine fetches, and from one
+// branch's directory of it.
+func buildGit(t *testing.T, s *site.Site, home *site.Home) {
+	t.Helper()
 	url := serveGit(t, s, home, site.Context(t, map[string]string{
 		"Dockerfile":       dockerfile,
 		"message":          "from git\n",
@@ -273,11 +279,10 @@ func TestCacheExport(t *testing.T) {
 	}
 }
 
-// TestDialStdio speaks to the machine's buildkitd through the command's
-// standard streams, as a client on another host does by SSH.
-func TestDialStdio(t *testing.T) {
-	t.Parallel()
-	_, _, home := newProject(t)
+// dialStdio speaks to the machine's buildkitd through the command's standard
+// streams, as a client on another host does by SSH.
+func dialStdio(t *testing.T, home *site.Home) {
+	t.Helper()
 	cmd := home.Command(t.Context(), filepath.Join(site.Bin(t), "docker-buildx"), "dial-stdio")
 	ours, theirs := socketPair(t)
 	var log bytes.Buffer

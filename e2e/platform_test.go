@@ -99,6 +99,25 @@ func TestPlatforms(t *testing.T) {
 			}
 		}
 	})
+	t.Run("both nodes", func(t *testing.T) {
+		// Each machine keeps its half of a build, under the same reference.
+		halves := map[string]int{}
+		for ref := range strings.FieldsSeq(home.Buildx(t, "history", "ls", "--format", "{{.Ref}}").Out) {
+			halves[ref[strings.LastIndexByte(ref, '/')+1:]]++
+		}
+		for ref, n := range halves {
+			if n != 2 {
+				t.Errorf("history has %d halves of build %s, want 2", n, ref)
+			}
+		}
+		if len(halves) != 4 { // push, two of bake, predecessors
+			t.Errorf("history has %v, want 4 builds", halves)
+		}
+		home.Buildx(t, "prune", "--all", "--force")
+		if out := home.Buildx(t, "du").Out; total(out) != "0B" {
+			t.Errorf("prune left:\n%s", out)
+		}
+	})
 	t.Run("listings", func(t *testing.T) { listEmulated(t, s, home) })
 	t.Run("default load", func(t *testing.T) { loadOwn(t, s, home, dir) })
 }
@@ -199,6 +218,7 @@ func TestOnePool(t *testing.T) {
 			t.Errorf("history logs:\n%s", r.All())
 		}
 	})
+	t.Run("dial-stdio", func(t *testing.T) { dialStdio(t, home) })
 	t.Run("imagetools", func(t *testing.T) {
 		// By loopback, for buildx itself speaks to a registry by HTTP only there.
 		home.Buildx(t, "imagetools", "create", "-t", "127.0.0.1:5000/copy", "127.0.0.1:5000/app")
