@@ -23,27 +23,19 @@ import (
 func TestHostUp(t *testing.T) {
 	t.Parallel()
 	h := newUpHost(t)
-	for _, part := range []struct {
-		name string
-		run  func(*testing.T, *upHost)
-	}{
-		{"before up", testBeforeUp},
-		{"as another user", testUpAsAnotherUser},
-		{"up", testUp},
-		{"login", testLoginOnHost},
-		{"configure", testConfigure},
-		{"doctor", testDoctor},
-		{"killed daemons", testKilledDaemons},
-		{"down keeps caches", testDownKeepsCaches},
-		{"purge", testPurge},
-	} {
-		if !t.Run(part.name, func(t *testing.T) { part.run(t, h) }) {
-			t.Fatalf("the parts after %q need it", part.name)
-		}
-	}
+	_ = t.Run("before up", h.testBeforeUp) &&
+		t.Run("as another user", h.testUpAsAnotherUser) &&
+		t.Run("up", h.testUp) &&
+		t.Run("login", h.testLoginOnHost) &&
+		t.Run("nouns", h.testNouns) &&
+		t.Run("configure", h.testConfigure) &&
+		t.Run("doctor", h.testDoctor) &&
+		t.Run("killed daemons", h.testKilledDaemons) &&
+		t.Run("down keeps caches", h.testDownKeepsCaches) &&
+		t.Run("purge", h.testPurge)
 }
 
-func testBeforeUp(t *testing.T, h *upHost) {
+func (h *upHost) testBeforeUp(t *testing.T) {
 	h.refused(t, append([]string{"depot", "up", "--status"}, h.dirs...), "Control plane: not running", "run `docker depot up`")
 	h.refused(t, []string{"depot", "doctor"}, "finds no such plugin", "no depot server is known", "docker depot up")
 	h.refused(t, []string{"depot", "whoami"}, "docker depot login")
@@ -58,7 +50,7 @@ func testBeforeUp(t *testing.T, h *upHost) {
 
 // testUpAsAnotherUser asks for up and down without root: the one command to
 // give is the answer, and nothing is changed.
-func testUpAsAnotherUser(t *testing.T, h *upHost) {
+func (h *upHost) testUpAsAnotherUser(t *testing.T) {
 	depot := filepath.Join(site.Bin(t), "docker-depot")
 	for _, args := range [][]string{h.up, h.down("--purge")} {
 		// It may read what only root may, so that the program can be where it is.
@@ -75,7 +67,7 @@ func testUpAsAnotherUser(t *testing.T, h *upHost) {
 	}
 }
 
-func testUp(t *testing.T, h *upHost) {
+func (h *upHost) testUp(t *testing.T) {
 	h.says(t, h.up, "depot is up: https://127.0.0.1:8443", "docker depot configure --project default/main")
 	controlPlane, agent := h.pid(t, "controlplane"), h.pid(t, "agent")
 	if uid := owner(t, controlPlane); uid != 65534 {
@@ -96,7 +88,7 @@ func testUp(t *testing.T, h *upHost) {
 }
 
 // testLoginOnHost logs in as another user of the host would, and out.
-func testLoginOnHost(t *testing.T, h *upHost) {
+func (h *upHost) testLoginOnHost(t *testing.T) {
 	h.says(t, []string{"depot", "whoami"}, `user "first administrator", admin of the whole server`)
 	other := h.s.NewBareHome(t)
 	token := strings.TrimSpace(read(t, filepath.Join(h.data, "controlplane", "admin-token")))
@@ -122,13 +114,78 @@ func testLoginOnHost(t *testing.T, h *upHost) {
 	}
 }
 
+// testNouns lists, makes, shows, changes and removes each noun in each format
+// once, and asks for completions as a shell does.
+func (h *upHost) testNouns(t *testing.T) {
+	one := func(args ...string) string {
+		return strings.TrimSpace(h.CLI(t, append([]string{"depot"}, args...)...).Out)
+	}
+	if got := one("project", "create", "web", "--idle-timeout", "3m"); got != "default/web" {
+		t.Errorf("project create printed %q", got)
+	}
+	one("project", "update", "default/web", "--cache-size", "5GiB")
+	if got := one("project", "inspect", "web", "--format", "{{.IdleTimeout}} {{.CacheBytes}}"); got != "3m 5368709120" {
+		t.Errorf("the project's settings are %q", got)
+	}
+	token := one("token", "create", "--project", "web", "--expires", "1h", "ci")
+	if !strings.HasPrefix(token, "depot_project_") || strings.ContainsAny(token, " \n") {
+		t.Errorf("token create printed %q", token)
+	}
+	if got := one("token", "ls", "--project", "web", "--format", "{{.Name}} {{.Kind}}"); got != "ci project" {
+		t.Errorf("the project's tokens are %q", got)
+	}
+	r := h.With("DEPOT_TOKEN="+token).CLI(t, "depot", "whoami", "--format", "{{.Project}} {{.TokenFrom}}")
+	if r.Out != "web DEPOT_TOKEN\n" {
+		t.Errorf("whoami with the project's token: %q", r.Out)
+	}
+	one("token", "rm", "--force", one("token", "ls", "--project", "web", "--quiet"))
+	if r := h.With("DEPOT_TOKEN="+token).TryCLI(t, "depot", "whoami"); r.Code != 1 {
+		t.Errorf("a token that was removed still serves: %s", r.All())
+	}
+	for noun, head := range map[string]string{
+		"project": "PROJECT ID", "token": "TOKEN ID", "machine": "MACHINE ID", "pool": "POOL", "agent": "AGENT ID",
+	} {
+		if table := one(noun, "ls"); !strings.Contains(table, head) {
+			t.Errorf("%s ls has no column %q:\n%s", noun, head, table)
+		}
+		for line := range strings.Lines(one(noun, "ls", "--format", "json")) {
+			if !json.Valid([]byte(line)) {
+				t.Errorf("%s ls --format json has a line that is none: %q", noun, line)
+			}
+		}
+		if r := h.TryCLI(t, "depot", noun, "ls", "--format", "{{.NoSuchColumn}}"); noun != "machine" && r.Code == 0 {
+			t.Errorf("%s ls took a template that names no column:\n%s", noun, r.All())
+		}
+	}
+	for line, want := range map[string]string{
+		"project inspect ":         "default/web",
+		"project rm ":              "default/web",
+		"configure --project ":     "default/web",
+		"pool ls --format ":        "json",
+		"up --emulate ":            "arm64",
+		"agent rm ":                "agt_",
+		"token create --role ":     "viewer",
+		"token create --project d": "default/main",
+		"mach":                     "machine",
+	} {
+		words := strings.Split("depot "+line, " ")
+		if got := h.CLI(t, append([]string{"__complete"}, words...)...).Out; !strings.Contains(got, want) {
+			t.Errorf("completions of `docker depot %s` lack %q:\n%s", line, want, got)
+		}
+	}
+	one("project", "rm", "--force", "web")
+	if got := one("project", "ls", "--format", "{{.Name}}"); got != "default/main" {
+		t.Errorf("projects after one was removed: %q", got)
+	}
+}
+
 // tinyDockerfile has one step.
 const tinyDockerfile = "FROM scratch\nCOPY busybox /bin/busybox\nRUN [\"/bin/busybox\",\"touch\",\"/here\"]\n"
 
 // testConfigure configures, builds with plain `docker build`, and takes the
 // configuration back: what the user had is there again, byte for byte. Then it
 // configures again, for the parts that follow.
-func testConfigure(t *testing.T, h *upHost) {
+func (h *upHost) testConfigure(t *testing.T) {
 	config := filepath.Join(h.Docker(), "config.json")
 	if err := os.WriteFile(config, []byte("{ \"auths\":{},\n      \"HttpHeaders\" : {\"X\":\"y\"} }"), 0o640); err != nil { //nolint:gosec // a mode that has to come back
 		t.Fatal(err)
@@ -156,7 +213,7 @@ func testConfigure(t *testing.T, h *upHost) {
 
 // testDoctor breaks each link in turn: doctor names it, says how to mend it,
 // and ends with 1. Whole, it ends with 0.
-func testDoctor(t *testing.T, h *upHost) {
+func (h *upHost) testDoctor(t *testing.T) {
 	doctor := []string{"depot", "doctor"}
 	h.says(t, doctor, "buildkitd v", "answered after")
 	var checks []struct{ Link, Result string }
@@ -167,7 +224,7 @@ func testDoctor(t *testing.T, h *upHost) {
 	token := strings.TrimSpace(read(t, filepath.Join(h.data, "controlplane", "admin-token")))
 	kind, rest, _ := strings.Cut(strings.TrimPrefix(token, "depot_"), "_")
 	id, secret, _ := strings.Cut(rest, "_")
-	wrong := "depot_" + kind + "_" + id + "_" + strings.Map(func(r rune) rune { return 'a' }, secret[:10]) + secret[10:]
+	wrong := "depot_" + kind + "_" + id + "_" + strings.Map(func(rune) rune { return 'a' }, secret[:10]) + secret[10:]
 	for name, broken := range map[string]struct {
 		env   []string
 		apart string // a file that is taken away meanwhile
@@ -205,7 +262,7 @@ func testDoctor(t *testing.T, h *upHost) {
 
 // testKilledDaemons kills the agent, then the control plane: doctor and
 // --status name them, and up brings them back with the machine that ran.
-func testKilledDaemons(t *testing.T, h *upHost) {
+func (h *upHost) testKilledDaemons(t *testing.T) {
 	machines := []string{"depot", "machine", "ls", "--quiet"}
 	machine := h.CLI(t, machines...).Out
 	h.kill(t, "agent")
@@ -223,7 +280,7 @@ func testKilledDaemons(t *testing.T, h *upHost) {
 	}
 }
 
-func testDownKeepsCaches(t *testing.T, h *upHost) {
+func (h *upHost) testDownKeepsCaches(t *testing.T) {
 	dir := site.Context(t, map[string]string{"Dockerfile": tinyDockerfile})
 	h.CLI(t, "build", dir)
 	pids := []int{h.pid(t, "controlplane"), h.pid(t, "agent")}
@@ -243,7 +300,7 @@ func testDownKeepsCaches(t *testing.T, h *upHost) {
 
 // testPurge removes everything; without --force and a terminal to ask on,
 // nothing.
-func testPurge(t *testing.T, h *upHost) {
+func (h *upHost) testPurge(t *testing.T) {
 	h.refused(t, h.down("--purge"), "--force")
 	if h.pid(t, "agent") == 0 {
 		t.Error("a purge that was refused ended the agent")
