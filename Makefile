@@ -93,6 +93,13 @@ bench: ## measure speed and size: a table, and bench.json; needs root
 	@$(MAKE) --no-print-directory build deps
 	go run ./e2e/bench -json bench.json
 
+.PHONY: vm-test
+vm-test: ## check hosts with cgroups of version 2 alone, emulated: minutes; needs root and Debian
+	@hack/test root
+	@hack/prereqs demo
+	@$(MAKE) --no-print-directory build deps-demo
+	@hack/vm systemd plain
+
 .PHONY: images
 images: bin/docker-buildx image-context ## build the images of both architectures with docker-bake.hcl
 	bin/docker-buildx bake $(BAKE_FLAGS)
@@ -117,34 +124,39 @@ build/version: FORCE
 	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
 bin/docker-depot: build/version go.mod go.sum $(sources) | prereqs-build
-	version="$$($(module) github.com/docker/buildx)+depot.$$(cat build/version)"; \
+	@echo "build $@"
+	@version="$$($(module) github.com/docker/buildx)+depot.$$(cat build/version)"; \
 	CGO_ENABLED=0 go build -o $@ -ldflags "-X github.com/docker/buildx/version.Version=$$version \
 		-X github.com/docker/buildx/version.Revision=$$(cat build/version)" ./plugin/cmd/docker-depot
 	@touch $@
 
 # The same program: it looks at the name that it was called by.
 bin/docker-buildx: bin/docker-depot
-	ln -f $< $@
+	@ln -f $< $@
 
 bin/depot-controlplane: build/version go.mod go.sum $(sources) | prereqs-build
-	CGO_ENABLED=0 go build -o $@ -ldflags "-X main.version=$$(cat build/version)" ./controlplane/cmd/depot-controlplane
+	@echo "build $@"
+	@CGO_ENABLED=0 go build -o $@ -ldflags "-X main.version=$$(cat build/version)" ./controlplane/cmd/depot-controlplane
 	@touch $@
 
 bin/depot-agent: build/version go.mod go.sum $(sources) | prereqs-build
-	CGO_ENABLED=0 go build -o $@ -ldflags "-X main.version=$$(cat build/version)" ./agent/cmd/depot-agent
+	@echo "build $@"
+	@CGO_ENABLED=0 go build -o $@ -ldflags "-X main.version=$$(cat build/version)" ./agent/cmd/depot-agent
 	@touch $@
 
 # From upstream, unmodified, at the versions in go.mod.
 
 bin/buildkitd: go.mod go.sum | prereqs-build
-	CGO_ENABLED=0 go build -o $@ -ldflags "-X github.com/moby/buildkit/version.Version=$$($(module) github.com/moby/buildkit)" \
+	@echo "build $@"
+	@CGO_ENABLED=0 go build -o $@ -ldflags "-X github.com/moby/buildkit/version.Version=$$($(module) github.com/moby/buildkit)" \
 		github.com/moby/buildkit/cmd/buildkitd
 	@touch $@
 
 # Without the seccomp tag every RUN fails; static, so that it runs in a
 # machine, whose root filesystem has no libraries.
 bin/buildkit-runc: go.mod go.sum | prereqs-build
-	CGO_ENABLED=1 go build -o $@ -tags 'netgo osusergo seccomp' -ldflags '-extldflags -static' github.com/opencontainers/runc
+	@echo "build $@"
+	@CGO_ENABLED=1 go build -o $@ -tags 'netgo osusergo seccomp' -ldflags '-extldflags -static' github.com/opencontainers/runc
 	@touch $@
 
 cni := github.com/containernetworking/plugins/plugins
@@ -152,7 +164,8 @@ bin/bridge: cni_package := $(cni)/main/bridge
 bin/loopback: cni_package := $(cni)/main/loopback
 bin/host-local: cni_package := $(cni)/ipam/host-local
 bin/bridge bin/loopback bin/host-local: go.mod go.sum | prereqs-build
-	CGO_ENABLED=0 go build -o $@ $(cni_package)
+	@echo "build $@"
+	@CGO_ENABLED=0 go build -o $@ $(cni_package)
 	@touch $@
 
 # The developers' tools, at the versions in tools/go.mod.
@@ -163,7 +176,8 @@ build/tools/golangci-lint: tool_package := github.com/golangci/golangci-lint/v2/
 build/tools/protoc-gen-go: tool_package := google.golang.org/protobuf/cmd/protoc-gen-go
 build/tools/protoc-gen-connect-go: tool_package := connectrpc.com/connect/cmd/protoc-gen-connect-go
 build/tools/%: tools/go.mod tools/go.sum
-	CGO_ENABLED=0 go build -C tools -o $(CURDIR)/$@ $(tool_package)
+	@echo "build $@"
+	@CGO_ENABLED=0 go build -C tools -o $(CURDIR)/$@ $(tool_package)
 	@touch $@
 
 # What the demo and the tests use, but the project does not ship.
@@ -173,15 +187,15 @@ deps: deps-demo $(addprefix build/deps/bin/,docker-compose dockerd docker-regist
 deps-demo: build/deps/bin/docker build/deps/busybox/amd64/busybox
 
 build/deps/bin/docker: hack/deps
-	hack/deps docker
+	@hack/deps docker
 build/deps/bin/docker-compose: hack/deps
-	hack/deps compose
+	@hack/deps compose
 build/deps/bin/dockerd: hack/deps
-	hack/deps engine
+	@hack/deps engine
 build/deps/bin/docker-registry: hack/deps
-	hack/deps registry
+	@hack/deps registry
 build/deps/busybox/amd64/busybox: hack/deps
-	hack/deps busybox
+	@hack/deps busybox
 
 # What docker-bake.hcl calls the context `files`.
 .PHONY: image-context
