@@ -50,6 +50,7 @@ type arena struct {
 	holdRunc string
 	rand     *rand.Rand
 	builds   int
+	store    *sql.DB // nil: not open
 }
 
 // holds makes the lengths of sleeps unique on this machine.
@@ -72,6 +73,7 @@ func arenaOn(t *testing.T, s *site.Site, c site.HostConfig) *arena {
 	if err := os.WriteFile(runc, []byte(script), 0o755); err != nil { //nolint:gosec // a program
 		t.Fatal(err)
 	}
+	t.Cleanup(a.closeStore)
 	c.Flags = append(c.Flags, "--runc", runc)
 	a.h = s.AddHost(t, c)
 	a.h.Watch(t)
@@ -86,14 +88,25 @@ func arenaOn(t *testing.T, s *site.Site, c site.HostConfig) *arena {
 // not a control plane runs.
 func (a *arena) query(dest []any, query string, args ...any) {
 	a.t.Helper()
-	db, err := sql.Open("sqlite", "file:"+filepath.Join(a.s.ControlPlaneDir(), "depot.db")+"?_pragma=busy_timeout(10000)")
-	if err != nil {
-		a.t.Fatalf("open the store: %v", err)
+	if a.store == nil {
+		db, err := sql.Open("sqlite", "file:"+filepath.Join(a.s.ControlPlaneDir(), "depot.db")+"?_pragma=busy_timeout(10000)")
+		if err != nil {
+			a.t.Fatalf("open the store: %v", err)
+		}
+		db.SetMaxOpenConns(1)
+		a.store = db
 	}
-	defer db.Close() //nolint:errcheck // only read
-	err = db.QueryRowContext(a.t.Context(), query, args...).Scan(dest...)
+	err := a.store.QueryRowContext(a.t.Context(), query, args...).Scan(dest...)
 	if err != nil && !errors.Is(err, sql.ErrNoRows) {
 		a.t.Fatalf("read the store: %v", err)
+	}
+}
+
+// closeStore has the next query open the store anew.
+func (a *arena) closeStore() {
+	if a.store != nil {
+		a.store.Close() //nolint:errcheck,gosec // it was only read
+		a.store = nil
 	}
 }
 

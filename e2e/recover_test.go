@@ -148,6 +148,7 @@ func TestRestoredControlPlane(t *testing.T) {
 
 	// The backup takes the place of the state.
 	cp.Stop(t)
+	a.closeStore()
 	for _, suffix := range []string{"", "-wal", "-shm"} {
 		if err := os.RemoveAll(filepath.Join(data, "depot.db"+suffix)); err != nil {
 			t.Fatal(err)

@@ -137,12 +137,12 @@ func (r launchRecord) alive() bool {
 	return len(fields) > 19 && fields[0] != "Z" && fields[0] != "X" && fields[19] == strconv.FormatUint(r.StartTicks, 10)
 }
 
-// MachineInit returns the first process of a machine, once it is the machine
-// agent, or 0. It costs less than [Host.Processes], for those who are in a
+// MachineInit returns the first process of a machine, or of any if the id is
+// empty, once it is the machine agent, or 0. It costs less than [Host.Processes], for those who are in a
 // hurry.
 func (h *Host) MachineInit(machine string) int {
 	for _, r := range h.records() {
-		if r.ID != machine || !r.Started || !r.alive() {
+		if machine != "" && r.ID != machine || !r.Started || !r.alive() {
 			continue
 		}
 		line, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(r.PID), "cmdline"))
