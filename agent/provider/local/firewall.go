@@ -34,6 +34,10 @@ type firewall struct {
 // a port which Docker publishes on the host is dropped as the host's address,
 // not looked at as the container's. They hold no state: machines are never
 // called from outside but through their door, which is a socket of the host's.
+//
+// Beside Docker, what machines send is let through before Docker's own rules
+// that keep containers apart: so a bridge that is no way to the world is closed
+// to them, but for what was allowed and so was translated on its way.
 const table = `
 table inet {{.Name}}
 delete table inet {{.Name}}
@@ -55,6 +59,10 @@ table inet {{.Name}} {
 		type filter hook forward priority 0; policy accept;
 		oifname "{{.Devices}}*" ct state established,related accept
 		oifname "{{.Devices}}*" drop
+{{- range .Allow}}
+		iifname "{{$.Devices}}*" ip daddr {{.Prefix}} {{if .Port}}meta l4proto { tcp, udp } th dport {{.Port}} {{end}}accept
+{{- end}}
+		iifname "{{.Devices}}*" meta oifkind "bridge" ct status & dnat == 0 {{if .Ways}}oifname != { {{.Ways}} } {{end}}drop comment "containers and virtual machines of the host"
 {{- if .Uplinks}}
 		iifname { {{.Uplinks}} } oifname { {{.Uplinks}} } drop comment "forwarding is on for machines only"
 {{- end}}
@@ -97,9 +105,13 @@ func (f firewall) closed() []netip.Prefix {
 }
 
 // ruleset is the table as nft reads it, to be put in place of the former one in
-// one transaction. guarded are the uplinks that forward for machines only.
-func (f firewall) ruleset(guarded []string) (string, error) {
-	var closed, uplinks []string
+// one transaction. guarded are the uplinks that forward for machines only, and
+// ways those of the default routes.
+func (f firewall) ruleset(guarded []string, ways []uplink) (string, error) {
+	var closed, uplinks, out []string
+	for _, w := range ways {
+		out = append(out, `"`+w.name+`"`)
+	}
 	for _, p := range f.closed() {
 		closed = append(closed, p.String())
 	}
@@ -109,7 +121,7 @@ func (f firewall) ruleset(guarded []string) (string, error) {
 	var b bytes.Buffer
 	err := template.Must(template.New("").Parse(table)).Execute(&b, map[string]any{
 		"Name": f.name, "Devices": f.devices, "Network": f.network, "Allow": f.allow,
-		"Closed": strings.Join(closed, ", "), "Uplinks": strings.Join(uplinks, ", "),
+		"Closed": strings.Join(closed, ", "), "Uplinks": strings.Join(uplinks, ", "), "Ways": strings.Join(out, ", "),
 	})
 	return b.String(), err
 }
@@ -120,7 +132,11 @@ func (f firewall) up(ctx context.Context, links []uplink) error {
 	if err != nil {
 		return fmt.Errorf("firewall: %w", err)
 	}
-	rules, err := f.ruleset(guarded)
+	ways, err := uplinks(nil)
+	if err != nil {
+		return fmt.Errorf("firewall: %w", err)
+	}
+	rules, err := f.ruleset(guarded, ways)
 	if err != nil {
 		return fmt.Errorf("firewall: %w", err)
 	}

@@ -29,11 +29,12 @@ import (
 // another that stands for the world, so that firewall rules can be what they
 // are elsewhere without changing this host's.
 const (
-	hostAddr     = "198.51.100.1"
-	worldAddr    = "198.51.100.2"
-	serverAddr   = "203.0.113.10" // some server of the internet's
-	planeAddr    = "203.0.113.20" // the control plane
-	metadataAddr = "169.254.169.254"
+	hostAddr      = "198.51.100.1"
+	worldAddr     = "198.51.100.2"
+	serverAddr    = "203.0.113.10" // some server of the internet's
+	planeAddr     = "203.0.113.20" // the control plane
+	metadataAddr  = "169.254.169.254"
+	containerAddr = "192.0.2.2" // a container behind a bridge of the host's
 )
 
 const (
@@ -119,8 +120,14 @@ func makeHost() (stop func() error, err error) {
 	if err := configure("down0", worldAddr+"/24"); err != nil {
 		return nil, err
 	}
+	if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: linkNamed("inside0"), PeerName: "port0", PeerNamespace: netlink.NsFd(int(host))}); err != nil {
+		return nil, err
+	}
+	if err := configure("inside0", containerAddr+"/24"); err != nil {
+		return nil, err
+	}
 	var closers []io.Closer
-	for _, addr := range []string{serverAddr + ":80", planeAddr + ":443", metadataAddr + ":80", worldAddr + ":80"} {
+	for _, addr := range []string{containerAddr + ":80", serverAddr + ":80", planeAddr + ":443", metadataAddr + ":80", worldAddr + ":80"} {
 		c, err := echo(addr)
 		if err != nil {
 			return nil, err
@@ -139,6 +146,9 @@ func makeHost() (stop func() error, err error) {
 	if err := netlink.RouteAdd(&netlink.Route{Gw: net.ParseIP(worldAddr)}); err != nil {
 		return nil, err
 	}
+	if err := bridge("docker0", "port0"); err != nil {
+		return nil, err
+	}
 	for _, addr := range []string{":7000", hostAddr + ":5000"} {
 		c, err := echo(addr)
 		if err != nil {
@@ -153,6 +163,34 @@ func makeHost() (stop func() error, err error) {
 		}
 		return errors.Join(append(errs, world.Close(), host.Close())...)
 	}, nil
+}
+
+func linkNamed(name string) netlink.LinkAttrs {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = name
+	return attrs
+}
+
+// bridge makes a bridge with one port, as dockerd does, and forwards for it.
+func bridge(name, port string) error {
+	b := &netlink.Bridge{LinkAttrs: linkNamed(name)}
+	if err := netlink.LinkAdd(b); err != nil {
+		return err
+	}
+	p, err := netlink.LinkByName(port)
+	if err != nil {
+		return err
+	}
+	if err := netlink.LinkSetMaster(p, b); err != nil {
+		return err
+	}
+	if err := configure(port); err != nil {
+		return err
+	}
+	if err := configure(name, "192.0.2.1/24"); err != nil {
+		return err
+	}
+	return sysctl("ipv4/conf/"+name+"/forwarding", "1")
 }
 
 // configure sets up a device of this thread's namespace.

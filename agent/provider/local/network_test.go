@@ -37,18 +37,20 @@ func probes(t *testing.T, neighbour string) map[string]bool {
 		"tcp " + net.JoinHostPort(worldAddr, "80"):  true,
 		"tcp " + net.JoinHostPort(hostAddr, "5000"): true, // allowed by name
 
-		"tcp " + net.JoinHostPort(hostAddr, "7000"):   false,
-		"udp " + net.JoinHostPort(hostAddr, "7000"):   false,
-		"tcp 10.213.0.1:7000":                         false, // the host's end of its link
-		"tcp 10.213.1.1:7000":                         false, // of another machine's
-		"tcp " + neighbour:                            false, // another machine
-		"tcp 10.213.1.2:7001":                         false, // its inside
-		"tcp " + net.JoinHostPort(planeAddr, "443"):   false,
-		"udp " + net.JoinHostPort(planeAddr, "443"):   false,
-		"tcp " + net.JoinHostPort(metadataAddr, "80"): false,
-		"tcp [fd00:1::1]:7000":                        false,
-		"tcp " + net.JoinHostPort(hostAddr, "8080"):   false, // a port that the host publishes for a container
-		"udp 198.51.100.255:7000":                     false,
+		"tcp " + net.JoinHostPort(hostAddr, "7000"):    false,
+		"udp " + net.JoinHostPort(hostAddr, "7000"):    false,
+		"tcp 10.213.0.1:7000":                          false, // the host's end of its link
+		"tcp 10.213.1.1:7000":                          false, // of another machine's
+		"tcp " + neighbour:                             false, // another machine
+		"tcp 10.213.1.2:7001":                          false, // its inside
+		"tcp " + net.JoinHostPort(planeAddr, "443"):    false,
+		"udp " + net.JoinHostPort(planeAddr, "443"):    false,
+		"tcp " + net.JoinHostPort(metadataAddr, "80"):  false,
+		"tcp [fd00:1::1]:7000":                         false,
+		"tcp " + net.JoinHostPort(hostAddr, "8080"):    false, // a port that the host publishes for a container
+		"udp 198.51.100.255:7000":                      false,
+		"tcp " + net.JoinHostPort(containerAddr, "80"): false, // it publishes nothing
+		"udp " + net.JoinHostPort(containerAddr, "80"): false,
 	}
 }
 
