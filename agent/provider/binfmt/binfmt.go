@@ -8,6 +8,8 @@
 //     used and left alone.
 //   - Ours carry names of our own (depot-aarch64, depot-arm). They are known by
 //     them after a restart of the agent, and only they are ever removed.
+//   - Several agents of one host may use ours. Each holds a shared lock on
+//     binfmt_misc while it does, and whoever can have it alone removes them.
 //   - They are registered with the F flag: the kernel keeps QEMU open, so that
 //     it works in machines, whose root filesystems have no QEMU.
 //
@@ -44,6 +46,7 @@ type Registration struct {
 
 	host host
 	own  []string
+	lock *os.File // held, shared, while ours are used; nil for none
 }
 
 // Register sees to it that programs of arch, amd64 or arm64, run on this host,
@@ -59,13 +62,32 @@ func Register(ctx context.Context, arch string) (Registration, error) {
 	}.register(ctx, arch)
 }
 
-// Remove removes the handlers that are ours. Programs that run go on.
+// Remove removes the handlers that are ours, unless another agent of this host
+// uses them: then that one removes them at its end. Programs that run go on.
+// Doing it again does nothing.
 func (r Registration) Remove() error {
+	if r.lock == nil {
+		return nil
+	}
+	err := unix.Flock(int(r.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	switch {
+	case errors.Is(err, unix.EWOULDBLOCK), errors.Is(err, unix.EBADF): // in use, or closed already
+		return ignoreClosed(r.lock.Close())
+	case err != nil:
+		return errors.Join(fmt.Errorf("lock binfmt_misc: %w", err), ignoreClosed(r.lock.Close()))
+	}
 	var errs []error
 	for _, name := range r.own {
 		errs = append(errs, r.host.remove(name))
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, r.lock.Close())...)
+}
+
+func ignoreClosed(err error) error {
+	if errors.Is(err, os.ErrClosed) {
+		return nil
+	}
+	return err
 }
 
 // host is where this kernel and its QEMU are found.
@@ -133,6 +155,12 @@ func (h host) register(ctx context.Context, arch string) (Registration, error) {
 	if err := h.mount(); err != nil {
 		return r, err
 	}
+	// Before the first look: what is there then stays until this is done.
+	lock, err := h.lock()
+	if err != nil {
+		return r, err
+	}
+	r.lock = lock
 	var fresh []string
 	for _, t := range wanted {
 		name, made, err := h.serve(ctx, t)
@@ -141,7 +169,7 @@ func (h host) register(ctx context.Context, arch string) (Registration, error) {
 		}
 		if err != nil {
 			// All or nothing, but for what an earlier start registered.
-			undo := Registration{host: h, own: fresh}
+			undo := Registration{host: h, own: fresh, lock: lock}
 			return Registration{host: h}, errors.Join(fmt.Errorf("emulate %s: %w", arch, err), undo.Remove())
 		}
 		r.Handlers = append(r.Handlers, name)
@@ -221,6 +249,21 @@ func (h host) mount() error {
 		return fmt.Errorf("%w: binfmt_misc is switched off on this host: echo 1 > %s", provider.ErrUnusable, status)
 	}
 	return nil
+}
+
+// lock takes the shared lock that says that handlers of ours are in use. It is
+// on a file of the kernel's that root alone can open, so that nothing is left
+// behind and nobody else can hold it; who removes handlers has it for no longer
+// than that.
+func (h host) lock() (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(h.misc, "register"), os.O_WRONLY, 0)
+	if err != nil {
+		return nil, fmt.Errorf("lock binfmt_misc: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_SH); err != nil {
+		return nil, errors.Join(fmt.Errorf("lock binfmt_misc: %w", err), f.Close())
+	}
+	return f, nil
 }
 
 // handlers reads what is registered.

@@ -139,11 +139,20 @@ func TestRegister(t *testing.T) {
 	registered := names(t)
 	// An agent that was started again finds its own, and can remove it.
 	second := register(t, arch)
-	if diff := cmp.Diff(first, second, cmp.AllowUnexported(Registration{}, host{})); diff != "" {
+	if diff := cmp.Diff([][]string{first.Handlers, first.own}, [][]string{second.Handlers, second.own}); diff != "" {
 		t.Errorf("registered again (-first +second):\n%s", diff)
 	}
 	if diff := cmp.Diff(registered, names(t)); diff != "" {
 		t.Errorf("registering again changed handlers:\n%s", diff)
+	}
+	// Two agents use them: the first to go leaves them to the other.
+	for range 2 {
+		if err := first.Remove(); err != nil {
+			t.Error(err)
+		}
+	}
+	if diff := cmp.Diff(registered, names(t)); diff != "" {
+		t.Errorf("one of two agents removed what the other uses (-before +after):\n%s", diff)
 	}
 	for range 2 {
 		if err := second.Remove(); err != nil {
