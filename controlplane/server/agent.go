@@ -50,7 +50,7 @@ func (a *agentService) Join(ctx context.Context, req *depotv1.JoinRequest) (*dep
 		if agent, err = s.joining(ctx, tx, key); err != nil {
 			return err
 		}
-		agent.Token, agent.Name = token.ID, cmp.Or(req.GetName(), agent.Name, token.Name)
+		agent.Token, agent.Name = token.ID, cmp.Or(controlplane.Words(req.GetName()), agent.Name, token.Name)
 		return tx.PutAgent(ctx, agent)
 	})
 	if err != nil {
@@ -183,7 +183,7 @@ func (s *Server) noteObservation(ctx context.Context, tx controlplane.Tx, id str
 		return err
 	}
 	came := !agent.Connected
-	agent.Connected, agent.Session, agent.Seen, agent.Version = true, req.GetSessionId(), s.Now(), req.GetVersion()
+	agent.Connected, agent.Session, agent.Seen, agent.Version = true, req.GetSessionId(), s.Now(), controlplane.Words(req.GetVersion())
 	changed, err := s.notePools(ctx, tx, id, req.GetPools())
 	if err != nil {
 		return err
@@ -226,7 +226,7 @@ func (s *Server) notePools(ctx context.Context, tx controlplane.Tx, agent string
 	pools := make([]controlplane.Pool, 0, len(declared))
 	for _, d := range declared {
 		p := domainPool(agent, d)
-		if !slices.Contains(controlplane.Arches(), p.Arch) || p.Name == "" || p.MaxMachines < 0 {
+		if !slices.Contains(controlplane.Arches(), p.Arch) || p.Name == "" || p.Name != controlplane.Words(p.Name) || p.MaxMachines < 0 {
 			return false, controlplane.Errorf(controlplane.Invalid, "pool %q (architecture %q, at most %d machines) is not valid: name it, and use one of %v", p.Name, p.Arch, p.MaxMachines, controlplane.Arches())
 		}
 		if slices.ContainsFunc(pools, func(q controlplane.Pool) bool { return q.Name == p.Name }) {
@@ -262,7 +262,7 @@ func (s *Server) noteMachine(ctx context.Context, tx controlplane.Tx, m controlp
 	case o == nil:
 		m = missing(m, agent, now)
 	case o.GetState() == depotv1.ObservedMachine_STATE_RUNNING:
-		m.Address, m.Warnings = o.GetAddress(), o.GetWarnings()
+		m.Address, m.Warnings = controlplane.Words(o.GetAddress()), controlplane.WordList(o.GetWarnings())
 		if m.State == controlplane.MachinePending {
 			m.State, m.Launched, m.Reason = controlplane.MachineStarting, now, ""
 		}
@@ -270,10 +270,10 @@ func (s *Server) noteMachine(ctx context.Context, tx controlplane.Tx, m controlp
 	case o.GetState() == depotv1.ObservedMachine_STATE_BLOCKED:
 		switch {
 		case o.GetFinal() && !m.Over():
-			m = m.Fail(now, "host %s cannot launch it: %s", agent.Name, o.GetReason())
+			m = m.Fail(now, "host %s cannot launch it: %s", agent.Name, controlplane.Words(o.GetReason()))
 			m.Gone = now
 		case !m.Over():
-			m.Reason = o.GetReason()
+			m.Reason = controlplane.Words(o.GetReason())
 		}
 	case o.GetState() == depotv1.ObservedMachine_STATE_EXITED:
 		m = exited(m, o, now)
@@ -313,9 +313,9 @@ func exited(m controlplane.Machine, o *depotv1.ObservedMachine, now time.Time) c
 	case m.Over():
 	case o.GetClean():
 		m.State, m.Ended = controlplane.MachineStopped, now
-		m.Reason = cmp.Or(m.Reason, o.GetReason(), "it stopped on its own")
+		m.Reason = cmp.Or(m.Reason, controlplane.Words(o.GetReason()), "it stopped on its own")
 	default:
-		m = m.Fail(now, "%s; the cache keeps what was saved, and is checked before its next use", cmp.Or(o.GetReason(), "it ended unexpectedly"))
+		m = m.Fail(now, "%s; the cache keeps what was saved, and is checked before its next use", cmp.Or(controlplane.Words(o.GetReason()), "it ended unexpectedly"))
 	}
 	return m
 }

@@ -144,9 +144,9 @@ func wirePool(p controlplane.Pool) *depotv1.Pool {
 
 func domainPool(agent string, p *depotv1.Pool) controlplane.Pool {
 	return controlplane.Pool{
-		Agent: agent, Name: p.GetName(), Provider: p.GetProvider(), Arch: p.GetArch(), Emulated: p.GetEmulated(),
+		Agent: agent, Name: p.GetName(), Provider: controlplane.Words(p.GetProvider()), Arch: p.GetArch(), Emulated: p.GetEmulated(),
 		MaxMachines: int(p.GetMaxMachines()), Isolated: p.GetIsolated(), CPUs: int(p.GetCpus()),
-		MemoryBytes: p.GetMemoryBytes(), Warnings: p.GetWarnings(), Closed: p.GetClosed(),
+		MemoryBytes: p.GetMemoryBytes(), Warnings: controlplane.WordList(p.GetWarnings()), Closed: controlplane.Words(p.GetClosed()),
 	}
 }
 

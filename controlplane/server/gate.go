@@ -168,13 +168,18 @@ func withBearer(next http.Handler) http.Handler {
 }
 
 // withIdentity hands the principal of a verified client certificate on to the
-// gate.
+// gate. Of anybody else, not more is read than it takes to come to have one.
 func (s *Server) withIdentity(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var p controlplane.Principal
 		if r.TLS != nil && len(r.TLS.VerifiedChains) > 0 {
-			if p, ok := s.identity(r.TLS.PeerCertificates[0]); ok {
+			var known bool
+			if p, known = s.identity(r.TLS.PeerCertificates[0]); known {
 				r = r.WithContext(context.WithValue(r.Context(), identityKey{}, p))
 			}
+		}
+		if p.Kind != controlplane.PrincipalAgent {
+			r.Body = http.MaxBytesReader(w, r.Body, maxCallBytes)
 		}
 		next.ServeHTTP(w, r)
 	})

@@ -1,13 +1,18 @@
 package server_test
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
+	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/proto"
@@ -207,4 +212,94 @@ func TestLeasesAreBounded(t *testing.T) {
 	d := cp.driver(t, token)
 	_, err := d.Builder.AcquireLease(t.Context(), d.req)
 	refused(t, err, connect.CodeResourceExhausted, "1000 amd64 builds", "try again")
+}
+
+// TestHostileWords has a machine and its host say what steers a terminal.
+func TestHostileWords(t *testing.T) {
+	t.Parallel()
+	cp := newControlPlane(t)
+	_, token := cp.project(t, "web", nil)
+	a := cp.agent(t, "host-1", pool(1))
+	d := cp.driver(t, token)
+	d.poll(t)
+	m := a.launch(t)
+	const evil = "\x1b]0;owned\a\ngone"
+	a.machines[m.id].Warnings = []string{evil}
+	a.sync(t)
+	m.register(t)
+	m.ready(t)
+	m.report.State, m.report.Reason, m.report.BuildkitVersion = depotv1.MachineState_MACHINE_STATE_DRAINING, evil, evil+strings.Repeat("x", 100<<10)
+	m.sync(t)
+	got := cp.machineNow(t, m.id)
+	for what, text := range map[string]string{"reason": got.Reason, "warning": got.Warnings[0], "version": got.Buildkit} {
+		if !strings.HasPrefix(text, "]0;owned  gone") || len(text) > 1000 {
+			t.Errorf("%s: %.100q, %d bytes", what, text, len(text))
+		}
+	}
+	a.report.Pools = []*depotv1.Pool{{Name: evil, Provider: "local", Arch: "amd64", MaxMachines: 1}}
+	_, err := a.call(t.Context(), 0)
+	refused(t, err, connect.CodeInvalidArgument, "name it")
+}
+
+// TestRequestsAreBounded sends what nobody has to send.
+func TestRequestsAreBounded(t *testing.T) {
+	t.Parallel()
+	cp := newControlPlane(t)
+	a := cp.agent(t, "host-1", pool(1))
+	big := strings.Repeat("x", 512<<10)
+	_, err := cp.client(t, cp.operator).Admin.WhoAmI(t.Context(), &depotv1.WhoAmIRequest{}) // it is reached
+	must(t, err)
+	_, err = cp.client(t, "").Builder.GetBuilder(t.Context(), &depotv1.GetBuilderRequest{Project: &depotv1.ProjectRef{Id: big}})
+	refused(t, err, connect.CodeResourceExhausted)
+	_, err = cp.agentClient(t, nil).Agent.Join(t.Context(), &depotv1.JoinRequest{Token: big})
+	refused(t, err, connect.CodeResourceExhausted)
+	a.volumes["vol_"+strings.Repeat("0", 32)] = &depotv1.ObservedVolume{Id: big}
+	a.sync(t) // an agent has much to say
+}
+
+// TestSlowRequest sends a request that never ends.
+func TestSlowRequest(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		ours, theirs := net.Pipe()
+		hs := &http.Server{Handler: server.New(server.Config{}).Clients(), ReadHeaderTimeout: time.Second}
+		done := make(chan error, 1)
+		go func() { done <- hs.Serve(&oneConn{conn: theirs}) }()
+		_, err := io.WriteString(ours, "POST "+depotv1connect.BuilderServiceGetBuilderProcedure+
+			" HTTP/1.1\r\nHost: x\r\nContent-Type: application/proto\r\nContent-Length: 100\r\n\r\nx")
+		must(t, err)
+		begin := time.Now()
+		resp, err := http.ReadResponse(bufio.NewReader(ours), nil)
+		must(t, err)
+		if took := time.Since(begin); took != 30*time.Second || resp.StatusCode == http.StatusOK {
+			t.Errorf("it was answered %d after %s", resp.StatusCode, took)
+		}
+		must(t, resp.Body.Close())
+		must(t, ours.Close())
+		must(t, hs.Close())
+		<-done
+	})
+}
+
+// oneConn is a listener with one connection.
+type oneConn struct {
+	conn   net.Conn // nil once it was accepted
+	closed chan struct{}
+	once   sync.Once
+}
+
+func (l *oneConn) Accept() (net.Conn, error) {
+	if c := l.conn; c != nil {
+		l.conn, l.closed = nil, make(chan struct{})
+		return c, nil
+	}
+	<-l.closed
+	return nil, net.ErrClosed
+}
+
+func (l *oneConn) Addr() net.Addr { return &net.UnixAddr{} }
+
+func (l *oneConn) Close() error {
+	l.once.Do(func() { close(l.closed) })
+	return nil
 }

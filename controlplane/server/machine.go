@@ -208,16 +208,16 @@ func (s *Server) noteReport(ctx context.Context, tx controlplane.Tx, m controlpl
 	if u := req.GetUsage(); u != nil {
 		m.Usage = domainUsage(u)
 	}
-	m.Buildkit = cmp.Or(req.GetBuildkitVersion(), m.Buildkit)
+	m.Buildkit = cmp.Or(controlplane.Words(req.GetBuildkitVersion()), m.Buildkit)
 	switch {
 	case req.GetState() == depotv1.MachineState_MACHINE_STATE_READY && m.Ready.IsZero() && !m.Over():
 		m.Ready = m.Seen
 		m = becomeReady(m)
 	case req.GetState() == depotv1.MachineState_MACHINE_STATE_DRAINING && m.State == controlplane.MachineReady:
 		m.State, m.Draining = controlplane.MachineDraining, m.Seen
-		m.Reason = cmp.Or(req.GetReason(), "it drains on its own")
+		m.Reason = cmp.Or(controlplane.Words(req.GetReason()), "it drains on its own")
 	case (req.GetState() == depotv1.MachineState_MACHINE_STATE_STOPPED || req.GetState() == depotv1.MachineState_MACHINE_STATE_FAILED) && !m.Over():
-		m.Reason = cmp.Or(m.Reason, req.GetReason()) // why it was asked to stop says more than that it was
+		m.Reason = cmp.Or(m.Reason, controlplane.Words(req.GetReason())) // why it was asked to stop says more than that it was
 	}
 	if m.State == was.State && m.Reason == was.Reason && m.Ready.Equal(was.Ready) {
 		return tx.PutMachine(ctx, m)

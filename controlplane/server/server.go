@@ -15,6 +15,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"io"
 	"log/slog"
 	"net/http"
 	"sync/atomic"
@@ -58,27 +59,33 @@ func New(c Config) *Server {
 	return &Server{Config: c, metrics: newMetrics(), sessions: sessions{byAgent: make(map[string]*session)}}
 }
 
-// maxRequestBytes bounds a request: the largest are agents' reports.
-const maxRequestBytes = 8 << 20
+// What is read of a request, before anything is known of its sender.
+const (
+	// maxCallBytes bounds a call of anybody but an agent, and maxReportBytes an
+	// agent's, which lists all that it has.
+	maxCallBytes   = 256 << 10
+	maxReportBytes = 8 << 20
+	// bodyTimeout is how long a request may take to arrive.
+	bodyTimeout = 30 * time.Second
+)
 
 // Clients returns the handler of the listener for clients.
 func (s *Server) Clients() http.Handler {
 	mux := http.NewServeMux()
-	opts := s.handlerOptions()
+	opts := s.handlerOptions(maxCallBytes)
 	mux.Handle(depotv1connect.NewBuilderServiceHandler(&builderService{s}, opts...))
 	mux.Handle(depotv1connect.NewAdminServiceHandler(&adminService{s}, opts...))
 	mux.HandleFunc("GET /healthz", healthy)
-	return withBearer(mux)
+	return bounded(withBearer(mux))
 }
 
 // Agents returns the handler of the listener for cloud agents and machines.
 func (s *Server) Agents() http.Handler {
 	mux := http.NewServeMux()
-	opts := s.handlerOptions()
-	mux.Handle(depotv1connect.NewMachineServiceHandler(&machineService{s}, opts...))
-	mux.Handle(depotv1connect.NewAgentServiceHandler(&agentService{s}, opts...))
+	mux.Handle(depotv1connect.NewMachineServiceHandler(&machineService{s}, s.handlerOptions(maxCallBytes)...))
+	mux.Handle(depotv1connect.NewAgentServiceHandler(&agentService{s}, s.handlerOptions(maxReportBytes)...))
 	mux.HandleFunc("GET /healthz", healthy)
-	return s.withIdentity(mux)
+	return bounded(s.withIdentity(mux))
 }
 
 // Ops returns the handler of the loopback listener: /healthz, /readyz, /metrics.
@@ -90,12 +97,37 @@ func (s *Server) Ops() http.Handler {
 	return mux
 }
 
-func (s *Server) handlerOptions() []connect.HandlerOption {
+func (s *Server) handlerOptions(maxBytes int) []connect.HandlerOption {
 	return []connect.HandlerOption{
 		connect.WithInterceptors(gate{s}),
-		connect.WithReadMaxBytes(maxRequestBytes),
+		connect.WithReadMaxBytes(maxBytes),
 		connect.WithRecover(recovered),
 	}
+}
+
+// bounded gives a request a time to arrive in; after it, a call may hang.
+func bounded(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		conn := http.NewResponseController(w)
+		// Where no deadline can be set there is no network either.
+		_ = conn.SetReadDeadline(time.Now().Add(bodyTimeout))
+		r.Body = &timedBody{ReadCloser: r.Body, arrived: func() { _ = conn.SetReadDeadline(time.Time{}) }}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// timedBody tells when all of it has been read.
+type timedBody struct {
+	io.ReadCloser
+	arrived func()
+}
+
+func (b *timedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if errors.Is(err, io.EOF) {
+		b.arrived()
+	}
+	return n, err
 }
 
 func healthy(w http.ResponseWriter, _ *http.Request) {
