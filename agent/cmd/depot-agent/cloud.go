@@ -126,7 +126,7 @@ func openLocal(ctx context.Context, c cloudConfig, s settings, store *btrfs.Stor
 		OpenVolume: local.Volumes(store.Open),
 		Advertise:  advertise, Listen: c.listen, FirstPort: s.firstPort, LastPort: s.lastPort,
 		Network: s.network, Allow: s.allow, Deny: servers,
-		Relay: relayDir, Nameservers: s.dns, Runc: c.runc, Log: log,
+		Relay: relayDir, Nameservers: s.dns, Authorities: c.authorities, Runc: c.runc, Log: log,
 	})
 }
 

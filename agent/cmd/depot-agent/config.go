@@ -57,6 +57,9 @@ type cloudConfig struct {
 	// allow are destinations that machines may reach although they are the
 	// host's, or private to it.
 	allow []string
+	// authorities is a file with certificates that machines trust beside the
+	// host's; empty means none.
+	authorities string
 	// dns are the name servers of machines; empty means the host's.
 	dns []string
 	// health is the loopback address of /healthz, /readyz and /metrics; empty
@@ -81,6 +84,7 @@ func (c *cloudConfig) bind(f *pflag.FlagSet) {
 	f.StringVar(&c.poolSize, "pool-size", "", "the most that all volumes take, such as 200GiB (default: nine tenths of the free space)")
 	f.StringVar(&c.network, "network", "", "the IPv4 network that machines get addresses from (default: 10.213.0.0/16)")
 	f.StringArrayVar(&c.allow, "allow", nil, "an address, address:port or network that machines may reach although it is dropped otherwise; may be repeated")
+	f.StringVar(&c.authorities, "ca-file", "", "certificates, in PEM, that machines trust beside the host's: of a registry of your own, say")
 	f.StringArrayVar(&c.dns, "dns", nil, "a name server for machines; may be repeated (default: the host's)")
 	f.StringVar(&c.health, "health-address", "127.0.0.1:9465", "the loopback address of /healthz, /readyz and /metrics; empty for none")
 	f.StringVar(&c.logFormat, "log-format", "text", "text or json")

@@ -46,6 +46,9 @@ type Config struct {
 	// Nameservers are what machines ask for names. Empty: those of the host's
 	// resolv.conf that can be reached from a machine.
 	Nameservers []netip.Addr
+	// Authorities is a file with certificates, in PEM, that machines trust beside
+	// the host's: those of a registry of one's own, say. Empty: none.
+	Authorities string
 	// Runc is the path of runc. Empty: found on PATH.
 	Runc string
 	// Log must be set.

@@ -144,7 +144,7 @@ func (p *Provider) ready(ctx context.Context) error {
 	if _, err := p.nameservers(); err != nil {
 		return err
 	}
-	t, err := plan(ctx, p.config.Binaries)
+	t, err := plan(ctx, p.config.Binaries, p.config.Authorities)
 	if err != nil {
 		return err
 	}

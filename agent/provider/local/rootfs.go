@@ -3,6 +3,7 @@ package local
 import (
 	"context"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -76,7 +77,7 @@ func (t tree) program(l loader, path, src string) error {
 }
 
 // plan lists all that a machine's root filesystem holds.
-func plan(ctx context.Context, binaries string) (tree, error) {
+func plan(ctx context.Context, binaries, authorities string) (tree, error) {
 	t := skeleton()
 	l := hostLoader()
 	for dir, names := range map[string][]string{
@@ -96,7 +97,7 @@ func plan(ctx context.Context, binaries string) (tree, error) {
 	if err := t.git(ctx, l); err != nil {
 		return nil, fmt.Errorf("root filesystem: %w", err)
 	}
-	if err := t.certificates(); err != nil {
+	if err := t.certificates(authorities); err != nil {
 		return nil, fmt.Errorf("root filesystem: %w", err)
 	}
 	return t, nil
@@ -173,21 +174,45 @@ func (t tree) byName(l loader) {
 	}
 }
 
-// certificates copies the host's bundle to where Go, git and curl look for it
-// on any distribution.
-func (t tree) certificates() error {
+// certificates copies the host's bundle, with the authorities in the named file
+// if there is one, to where Go, git and curl look for it on any distribution.
+func (t tree) certificates(authorities string) error {
 	const bundle = "/etc/ssl/certs/ca-certificates.crt"
 	for _, src := range []string{bundle, "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem", "/etc/ssl/cert.pem"} {
 		if !exists(src) {
 			continue
 		}
 		t.copy(bundle, src, 0o644)
+		if authorities != "" {
+			both, err := joinCertificates(src, authorities)
+			if err != nil {
+				return err
+			}
+			t.write(bundle, both)
+		}
 		if src != bundle {
 			t.symlink(src, bundle)
 		}
 		return nil
 	}
 	return errors.New("this host has no bundle of CA certificates: install ca-certificates")
+}
+
+// joinCertificates returns the certificates of a bundle and of another file,
+// which has to hold some.
+func joinCertificates(bundle, authorities string) (string, error) {
+	more, err := os.ReadFile(authorities) //nolint:gosec // the operator names it
+	if err != nil {
+		return "", fmt.Errorf("certificates for machines: %w", err)
+	}
+	if !x509.NewCertPool().AppendCertsFromPEM(more) {
+		return "", fmt.Errorf("certificates for machines: %s holds no certificate in PEM", authorities)
+	}
+	all, err := os.ReadFile(bundle) //nolint:gosec // one of the known places
+	if err != nil {
+		return "", fmt.Errorf("certificates for machines: %w", err)
+	}
+	return string(all) + "\n" + string(more), nil
 }
 
 func exists(path string) bool {
