@@ -89,6 +89,10 @@ func (l *lease) patiently(ctx context.Context, try func(context.Context) error) 
 type link struct {
 	lease  *lease
 	breaks atomic.Int64
+	// answered says that the machine has answered a call; down that the last
+	// connection broke, or could not be made.
+	answered atomic.Bool
+	down     atomic.Bool
 
 	mu    sync.Mutex
 	spare net.Conn // dialled ahead; guarded by mu
@@ -120,10 +124,15 @@ func (k *link) dial(ctx context.Context, _ string) (net.Conn, error) {
 		}
 		var err error
 		if conn, err = k.lease.dial(ctx); err != nil {
+			k.down.Store(true)
 			return nil, err
 		}
 	}
-	return &linkConn{Conn: conn, broke: sync.OnceFunc(func() { k.breaks.Add(1) })}, nil
+	k.down.Store(false)
+	return &linkConn{Conn: conn, broke: sync.OnceFunc(func() {
+		k.breaks.Add(1)
+		k.down.Store(true)
+	})}, nil
 }
 
 // close ends a spare connection that nobody took.

@@ -223,6 +223,27 @@ func TestSolveEndsWithTheMachine(t *testing.T) {
 	}
 }
 
+// A machine that is lost between two calls is named by the next ones.
+func TestCallsAfterTheMachineIsLost(t *testing.T) {
+	w := newWorld(t)
+	m := newMachine(t, w.project, mch1)
+	w.machines = []*machine{m}
+	c, err := w.node(t, nil).Client(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	m.kill()
+	w.endAll("buildkitd was killed; the cache is being checked")
+	for range 3 {
+		_, err := c.ControlClient().Info(t.Context(), &control.InfoRequest{})
+		expect(t, err, "machine "+mch1+" was lost: buildkitd was killed")
+		if ended := (*endedError)(nil); !errors.As(err, &ended) {
+			t.Errorf("the call's error is gRPC's: %v", err)
+		}
+	}
+}
+
 func TestRefusals(t *testing.T) {
 	t.Run("what the server refuses is passed on", func(t *testing.T) {
 		w := newWorld(t)

@@ -40,7 +40,11 @@ func (k *link) unary(ctx context.Context, method string, req, reply any, cc *grp
 		defer done()
 	}
 	before := k.breaks.Load()
-	return k.explain(ctx, before, invoke(ctx, method, req, reply, cc, opts...))
+	err := invoke(ctx, method, req, reply, cc, opts...)
+	if err == nil {
+		k.answered.Store(true)
+	}
+	return k.explain(ctx, before, err)
 }
 
 // stream explains broken connections.
@@ -69,8 +73,9 @@ func (s explained) RecvMsg(m any) error {
 }
 
 // explain says why a call ended, if it was not by its own fault: the lease or
-// the build was ended from elsewhere, or the connection broke since the call
-// began. Before the machine's first answer there is nothing to explain.
+// the build was ended from elsewhere, the connection broke since the call began,
+// or it was broken then and could not be made again. Before the machine's first
+// answer there is nothing to explain.
 func (k *link) explain(ctx context.Context, before int64, err error) error {
 	if err == nil {
 		return nil
@@ -82,7 +87,8 @@ func (k *link) explain(ctx context.Context, before int64, err error) error {
 	if cause := context.Cause(ctx); errors.As(cause, &ended) || errors.As(cause, &cancelled) {
 		return cause
 	}
-	if status.Code(err) != codes.Unavailable || k.breaks.Load() == before {
+	lost := k.breaks.Load() != before || k.answered.Load() && k.down.Load()
+	if status.Code(err) != codes.Unavailable || !lost {
 		return err
 	}
 	t := time.NewTimer(explainPatience)
