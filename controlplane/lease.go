@@ -94,6 +94,9 @@ type Times struct {
 	Drain time.Duration
 	// AgentSilent is how long an agent may be silent before messages name it.
 	AgentSilent time.Duration
+	// KeepEnded is how long leases, machines and generations are listed after
+	// their end; it is longer than a certificate lives.
+	KeepEnded time.Duration
 	// Hang is how long a hanging call is held at most.
 	Hang time.Duration
 	// ClientCertificate, MachineCertificate and Backdate are certificates'
@@ -115,6 +118,7 @@ func DefaultTimes() Times {
 		Register:           2 * time.Minute,
 		Drain:              2 * time.Minute,
 		AgentSilent:        10 * time.Second,
+		KeepEnded:          30 * 24 * time.Hour,
 		Hang:               25 * time.Second,
 		ClientCertificate:  time.Hour,
 		MachineCertificate: 24 * time.Hour,

@@ -156,6 +156,11 @@ type Generation struct {
 	Closed  time.Time
 }
 
+// KeepGenerations is how many committed generations of a volume are kept: the
+// last, and one to go back to if that is not sound. Each keeps on its disk what
+// the live tree has dropped since.
+const KeepGenerations = 2
+
 // Agent is a cloud agent: a host or cluster that launches machines.
 type Agent struct {
 	ID   string

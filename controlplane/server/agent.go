@@ -357,9 +357,9 @@ func (s *Server) orphans(ctx context.Context, tx controlplane.Tx, agent controlp
 	return out, nil
 }
 
-// noteVolumes stores which committed generations an agent has lost, and
-// forgets deleted volumes that it does not list any more. One that a machine
-// held before this report is kept: its launch may be about to make the volume,
+// noteVolumes stores which committed generations an agent has lost, and which
+// have expired as newer ones are kept, and forgets deleted volumes that it does
+// not list any more. One that a machine held before this report is kept: its launch may be about to make the volume,
 // which nobody would ever delete.
 func (s *Server) noteVolumes(ctx context.Context, tx controlplane.Tx, agent controlplane.Agent, machines []controlplane.Machine, listed []*depotv1.ObservedVolume) error {
 	volumes, err := tx.AgentVolumes(ctx, agent.ID)
@@ -393,8 +393,19 @@ func (s *Server) noteGenerations(ctx context.Context, tx controlplane.Tx, v cont
 	if err != nil {
 		return err
 	}
-	for _, g := range generations {
-		if g.State != controlplane.GenerationCommitted || slices.Contains(has, g.ID) {
+	kept := 0
+	for _, g := range generations { // newest first
+		if g.State != controlplane.GenerationCommitted {
+			continue
+		}
+		if slices.Contains(has, g.ID) {
+			if kept++; kept <= controlplane.KeepGenerations {
+				continue
+			}
+			g.State = controlplane.GenerationExpired
+			if err := tx.PutGeneration(ctx, g); err != nil {
+				return err
+			}
 			continue
 		}
 		g.State = controlplane.GenerationLost
@@ -430,13 +441,7 @@ func (s *Server) orders(ctx context.Context, id string, req *depotv1.SyncAgentRe
 		if err := orderRemovals(ctx, tx, id, req.GetMachines(), resp); err != nil {
 			return err
 		}
-		volumes, err := tx.AgentVolumes(ctx, id)
-		for _, v := range volumes {
-			if v.State == controlplane.VolumeTombstone {
-				resp.DeleteVolumes = append(resp.DeleteVolumes, v.ID)
-			}
-		}
-		return err
+		return orderVolumes(ctx, tx, id, req.GetVolumes(), resp)
 	})
 	if err != nil {
 		return nil, err
@@ -444,6 +449,44 @@ func (s *Server) orders(ctx context.Context, id string, req *depotv1.SyncAgentRe
 	slices.SortFunc(resp.Machines, func(a, b *depotv1.MachineOrder) int { return cmp.Compare(a.GetId(), b.GetId()) })
 	resp.Revision = revision(resp)
 	return resp, nil
+}
+
+// orderVolumes has the agent delete volumes and generations that are not wanted
+// any more.
+func orderVolumes(ctx context.Context, tx controlplane.Tx, agent string, listed []*depotv1.ObservedVolume, resp *depotv1.SyncAgentResponse) error {
+	volumes, err := tx.AgentVolumes(ctx, agent)
+	if err != nil {
+		return err
+	}
+	for _, v := range volumes {
+		if v.State == controlplane.VolumeTombstone {
+			resp.DeleteVolumes = append(resp.DeleteVolumes, v.ID)
+			continue
+		}
+		if err := orderExpired(ctx, tx, v, listed, resp); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// orderExpired has the agent delete the expired generations that it lists.
+func orderExpired(ctx context.Context, tx controlplane.Tx, v controlplane.Volume, listed []*depotv1.ObservedVolume, resp *depotv1.SyncAgentResponse) error {
+	i := slices.IndexFunc(listed, func(o *depotv1.ObservedVolume) bool { return o.GetId() == v.ID })
+	if i < 0 {
+		return nil
+	}
+	for _, id := range listed[i].GetGenerations() {
+		g, err := tx.Generation(ctx, id)
+		switch {
+		case controlplane.CodeOf(err) == controlplane.NotFound: // reported by nobody, touched by nobody
+		case err != nil:
+			return err
+		case g.Volume == v.ID && g.State == controlplane.GenerationExpired:
+			resp.DeleteGenerations = append(resp.DeleteGenerations, &depotv1.GenerationRef{VolumeId: v.ID, GenerationId: id})
+		}
+	}
+	return nil
 }
 
 // orderRemovals has the agent remove what is left of machines that it has

@@ -204,13 +204,24 @@ func TestPrune(t *testing.T) {
 		} {
 			errs = append(errs, tx.PutMachine(t.Context(), m))
 		}
+		errs = append(errs, tx.PutVolume(t.Context(), controlplane.Volume{ID: "vol_1", State: controlplane.VolumeActive}))
+		for _, g := range []controlplane.Generation{
+			{ID: "gen_open", State: controlplane.GenerationOpen},
+			{ID: "gen_kept", State: controlplane.GenerationCommitted, Closed: old},
+			{ID: "gen_dirty", State: controlplane.GenerationDirty, Closed: old},
+			{ID: "gen_new", State: controlplane.GenerationExpired, Closed: now},
+			{ID: "gen_old", State: controlplane.GenerationExpired, Closed: old},
+		} {
+			g.Volume = "vol_1"
+			errs = append(errs, tx.PutGeneration(t.Context(), g))
+		}
 		return errors.Join(errs...)
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n, err := s.Prune(t.Context(), now); n != 3 || err != nil {
-		t.Errorf("pruned %d records and got error %v, want 3", n, err)
+	if n, err := s.Prune(t.Context(), now); n != 4 || err != nil {
+		t.Errorf("pruned %d records and got error %v, want 4", n, err)
 	}
 	for id, want := range map[string]controlplane.Code{
 		"lse_live": controlplane.Internal, "lse_new": controlplane.Internal, "lse_certified": controlplane.Internal,
@@ -221,6 +232,9 @@ func TestPrune(t *testing.T) {
 		}
 	}
 	err = s.View(t.Context(), func(tx controlplane.Tx) error {
+		if generations, err := tx.Generations(t.Context(), "vol_1"); len(generations) != 4 || err != nil {
+			t.Errorf("%d generations are left, and error %v; want 4", len(generations), err)
+		}
 		all, err := tx.Machines(t.Context(), controlplane.MachineFilter{Ended: true})
 		if len(all) != 2 {
 			t.Errorf("kept %d machines, want 2", len(all))

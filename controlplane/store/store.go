@@ -175,14 +175,16 @@ func (s *Store) Backup(ctx context.Context, path string) error {
 const pruneBatch = 1000
 
 // Prune deletes what ended before that time and says nothing about the present:
-// leases whose certificates have expired, and machines that are gone. It
-// returns how many records it deleted.
+// leases whose certificates have expired, machines that are gone, and
+// generations of which nothing is left. It returns how many records it deleted.
 func (s *Store) Prune(ctx context.Context, before time.Time) (deleted int64, err error) {
 	for _, query := range []string{
 		"DELETE FROM leases WHERE id IN (SELECT id FROM leases WHERE state = 'ended' AND ended < $1 " +
 			"AND (certificate_until IS NULL OR certificate_until < $1) LIMIT $2)",
 		"DELETE FROM machines WHERE id IN (SELECT id FROM machines WHERE gone IS NOT NULL AND ended < $1 " +
 			"AND gone < $1 AND state IN ('stopped', 'failed') LIMIT $2)",
+		"DELETE FROM generations WHERE id IN (SELECT id FROM generations WHERE closed < $1 " +
+			"AND state IN ('discarded', 'expired', 'lost') LIMIT $2)",
 	} {
 		for n := int64(pruneBatch); n == pruneBatch; deleted += n {
 			err := s.try(ctx, func() error {

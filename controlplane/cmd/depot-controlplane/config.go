@@ -136,6 +136,7 @@ func timeNames(t *controlplane.Times) map[string]*time.Duration {
 		"register":            &t.Register,
 		"drain":               &t.Drain,
 		"agent-silent":        &t.AgentSilent,
+		"keep-ended":          &t.KeepEnded,
 		"client-certificate":  &t.ClientCertificate,
 		"machine-certificate": &t.MachineCertificate,
 	}
@@ -158,6 +159,9 @@ func (c *config) times() (controlplane.Times, error) {
 	}
 	if t.LeaseRenew >= t.LeaseTTL {
 		return t, fmt.Errorf("--time lease-renew (%s) has to be shorter than lease-ttl (%s)", t.LeaseRenew, t.LeaseTTL)
+	}
+	if t.KeepEnded < t.MachineCertificate || t.KeepEnded < t.ClientCertificate {
+		return t, fmt.Errorf("--time keep-ended (%s) has to be longer than certificates live: a machine is told of ended leases while theirs are valid", t.KeepEnded)
 	}
 	return t, nil
 }

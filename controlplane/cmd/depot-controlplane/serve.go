@@ -118,6 +118,7 @@ func serve(ctx context.Context, c *config, times controlplane.Times, log *slog.L
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return sched.Run(ctx) })
 	g.Go(func() error { return s.Run(ctx) })
+	g.Go(func() error { return prune(ctx, log, st, times.KeepEnded, now) })
 	g.Go(func() error { return keepFresh(ctx, log, doors.certificates...) })
 	g.Go(func() error { return serveHTTP(ctx, doors.clients, s.Clients(), log) })
 	g.Go(func() error { return serveHTTP(ctx, doors.agents, s.Agents(), log) })
@@ -125,6 +126,32 @@ func serve(ctx context.Context, c *config, times controlplane.Times, log *slog.L
 	err = g.Wait()
 	log.Info("control plane stopped")
 	return err
+}
+
+// pruneEvery is how often old records are deleted.
+const pruneEvery = time.Hour
+
+// prune deletes what ended long ago, now and then, until ctx ends: the database
+// grows with what is built in that time, not for ever.
+func prune(ctx context.Context, log *slog.Logger, st *store.Store, keep time.Duration, now func() time.Time) error {
+	tick := time.NewTicker(pruneEvery)
+	defer tick.Stop()
+	for {
+		n, err := st.Prune(ctx, now().Add(-keep))
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err != nil:
+			log.ErrorContext(ctx, "delete old records", "err", err)
+		case n > 0:
+			log.InfoContext(ctx, "deleted old records", "records", n)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
 }
 
 // doors are the three listeners, and the certificates that two of them show.
