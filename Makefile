@@ -26,6 +26,7 @@ upstream := buildkitd buildkit-runc bridge loopback host-local
 
 .PHONY: build
 build: $(addprefix bin/,$(programs) $(upstream)) ## build all programs into ./bin
+	@:
 
 .PHONY: test
 test: ## install what tests need, and run them all; needs root
@@ -80,11 +81,11 @@ e2e: ## run only the end-to-end tests; RUN=regexp selects; needs root
 	@hack/test e2e
 
 .PHONY: soak
-soak: ## the end-to-end tests with 20 kills in each window instead of 5; needs root
+soak: ## 10,000 random histories of the scheduler and the agent, and 20 kills in each window; needs root
 	@hack/test root
 	@hack/prereqs test
 	@$(MAKE) --no-print-directory build deps
-	@DEPOT_KILLS=20 hack/test e2e
+	@DEPOT_KILLS=20 hack/test properties e2e
 
 .PHONY: bench
 bench: ## measure speed and size: a table, and bench.json; needs root
@@ -184,7 +185,9 @@ build/tools/%: tools/go.mod tools/go.sum
 
 .PHONY: deps deps-demo
 deps: deps-demo $(addprefix build/deps/bin/,docker-compose dockerd docker-registry)
+	@:
 deps-demo: build/deps/bin/docker build/deps/busybox/amd64/busybox
+	@:
 
 build/deps/bin/docker: hack/deps
 	@hack/deps docker
