@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 )
 
 // Running is a command of a home's that has been started.
@@ -40,14 +41,17 @@ func (o *output) String() string {
 // killed.
 func (h *Home) StartBuildx(tb TB, args ...string) *Running {
 	tb.Helper()
-	return h.Start(tb, nil, append([]string{filepath.Join(h.site.bin, "docker-buildx")}, args...)...)
+	return h.StartBuildxFrom(tb, nil, args...)
 }
 
-// Start starts a command with a standard input, nil for none; the caller closes
-// it. If the command still runs when the test ends, it is killed.
-func (h *Home) Start(tb TB, stdin *os.File, args ...string) *Running {
+// StartBuildxFrom is StartBuildx with a standard input, nil for none; the
+// caller closes it.
+func (h *Home) StartBuildxFrom(tb TB, stdin *os.File, args ...string) *Running {
 	tb.Helper()
-	r := &Running{cmd: h.Command(tb.Context(), args...), ended: make(chan struct{})}
+	r := &Running{
+		cmd:   h.Command(tb.Context(), append([]string{filepath.Join(h.site.bin, "docker-buildx")}, args...)...),
+		ended: make(chan struct{}),
+	}
 	r.cmd.Stdout, r.cmd.Stderr = &r.out, &r.out
 	if stdin != nil {
 		r.cmd.Stdin = stdin
@@ -85,16 +89,18 @@ func (r *Running) Pid() int { return r.cmd.Process.Pid }
 // WaitOutput waits until the command has printed text.
 func (r *Running) WaitOutput(tb TB, text string) {
 	tb.Helper()
-	Eventually(tb, "output has "+text, func() bool {
+	deadline := time.After(time.Minute)
+	for !strings.Contains(r.Output(), text) {
 		select {
 		case <-r.ended:
 			if !strings.Contains(r.Output(), text) {
 				tb.Fatalf("the command ended before it printed %q:\n%s", text, r.Output())
 			}
-		default:
+		case <-deadline:
+			tb.Fatalf("the command did not print %q within a minute:\n%s", text, r.Output())
+		case <-time.After(20 * time.Millisecond):
 		}
-		return strings.Contains(r.Output(), text)
-	})
+	}
 }
 
 // Wait waits for the command's end and returns what it did.
