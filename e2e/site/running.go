@@ -41,17 +41,14 @@ func (o *output) String() string {
 // killed.
 func (h *Home) StartBuildx(tb TB, args ...string) *Running {
 	tb.Helper()
-	return h.StartBuildxFrom(tb, nil, args...)
+	return h.Start(tb, nil, append([]string{filepath.Join(h.site.bin, "docker-buildx")}, args...)...)
 }
 
-// StartBuildxFrom is StartBuildx with a standard input, nil for none; the
-// caller closes it.
-func (h *Home) StartBuildxFrom(tb TB, stdin *os.File, args ...string) *Running {
+// Start starts a command with a standard input, nil for none; the caller closes
+// it. If the command still runs when the test ends, it is killed.
+func (h *Home) Start(tb TB, stdin *os.File, args ...string) *Running {
 	tb.Helper()
-	r := &Running{
-		cmd:   h.Command(tb.Context(), append([]string{filepath.Join(h.site.bin, "docker-buildx")}, args...)...),
-		ended: make(chan struct{}),
-	}
+	r := &Running{cmd: h.Command(tb.Context(), args...), ended: make(chan struct{})}
 	r.cmd.Stdout, r.cmd.Stderr = &r.out, &r.out
 	if stdin != nil {
 		r.cmd.Stdin = stdin
