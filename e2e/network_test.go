@@ -337,8 +337,8 @@ func selfSigned(t *testing.T, template *x509.Certificate) (cert, key []byte) {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})
 }
 
-// get is a RUN step that asks a web server. busybox's wget needs libraries.
-func get(host, port string) string {
+// askFor is a RUN step that asks a web server. busybox's wget needs libraries.
+func askFor(host, port string) string {
 	return fmt.Sprintf(`RUN ["/bin/busybox","sh","-c","printf 'GET /page HTTP/1.0\\r\\n\\r\\n' | /bin/busybox nc -w 10 %s %s > /page && /bin/busybox grep hello /page"]`+"\n", host, port)
 }
 
@@ -353,7 +353,7 @@ func egress(t *testing.T, home *site.Home, registry string) {
 	t.Helper()
 	web := "http://" + internetAddr
 	image, cache := registry+"/image:1", "type=registry,ref="+registry+"/cache:1"
-	dir := site.Context(t, map[string]string{"Dockerfile": base + get(internetAddr, "80") + "ADD " + web + "/added /added\nADD " + web + "/repo.git /cloned\n"})
+	dir := site.Context(t, map[string]string{"Dockerfile": base + askFor(internetAddr, "80") + "ADD " + web + "/added /added\nADD " + web + "/repo.git /cloned\n"})
 	home.Buildx(t, "build", "--push", "--tag", image, "--cache-to", cache+",mode=max", dir)
 	from := site.Context(t, map[string]string{"Dockerfile": "FROM " + image + "\nRUN [\"/bin/busybox\",\"cat\",\"/page\",\"/added\",\"/cloned/Dockerfile\"]\n"})
 	out := filepath.Join(t.TempDir(), "out")
@@ -368,7 +368,7 @@ func egress(t *testing.T, home *site.Home, registry string) {
 		t.Errorf("%d steps came from the imported cache:\n%s", n, r.All())
 	}
 	// What the pool allows by name is open, and nothing beside it.
-	allowed := site.Context(t, map[string]string{"Dockerfile": base + "ADD http://" + secondAddr + ":7100/allowed /allowed\n" + get(secondAddr, "7100")})
+	allowed := site.Context(t, map[string]string{"Dockerfile": base + "ADD http://" + secondAddr + ":7100/allowed /allowed\n" + askFor(secondAddr, "7100")})
 	home.Buildx(t, "build", allowed)
 }
 
@@ -387,7 +387,7 @@ func (n *network) forbid(t *testing.T, s *site.Site, h *site.Host) []string {
 
 	var targets []string
 	from := map[string]*site.Netns{} // who else reaches the address
-	for _, line := range strings.SplitSeq(strings.TrimSpace(n.host.IP(t, "-o", "addr", "show", "scope", "global")), "\n") {
+	for line := range strings.SplitSeq(strings.TrimSpace(n.host.IP(t, "-o", "addr", "show", "scope", "global")), "\n") {
 		fields := strings.Fields(line)
 		addr, _, _ := strings.Cut(fields[3], "/")
 		from[net.JoinHostPort(addr, "7000")] = n.host
