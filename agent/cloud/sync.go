@@ -24,7 +24,8 @@ type call struct {
 	failures   int
 	said       string // the last failure that was logged
 	answeredAt time.Time
-	refused    error // the agent will not obey; see RefusedError
+	reports    uint64 // sent in this session
+	refused    error  // the agent will not obey; see RefusedError
 }
 
 // sync keeps one call under way with a true report; it returns when it wants
@@ -41,12 +42,16 @@ func (l *loop) sync(ctx context.Context, now time.Time) time.Time {
 	if now.Before(l.call.next) {
 		return l.call.next
 	}
+	// Of its own: a call is cut when its report differs from what is seen.
+	numbered := proto.CloneOf(report)
+	l.call.reports++
+	numbered.Sequence = l.call.reports
 	callCtx, cut := context.WithCancel(ctx)
 	l.call.report, l.call.cut, l.call.wasCut, l.call.begun = report, cut, false, now
 	c := l.client
 	l.begin(func() func(time.Time) {
 		defer cut()
-		resp, err := c.Agent.SyncAgent(callCtx, report)
+		resp, err := c.Agent.SyncAgent(callCtx, numbered)
 		return func(now time.Time) { l.answered(ctx, now, resp, err) }
 	})
 	return time.Time{}

@@ -140,7 +140,13 @@ func (a *agentService) SyncAgent(ctx context.Context, req *depotv1.SyncAgentRequ
 
 	watcher := s.Store.Watch(controlplane.TopicAgent, id)
 	defer watcher.Close()
-	err := s.Store.Update(ctx, func(tx controlplane.Tx) error { return s.noteObservation(ctx, tx, id, req) })
+	err := s.Store.Update(ctx, func(tx controlplane.Tx) error {
+		// Here, as transactions have an order and calls have none.
+		if !s.sessions.last(id, req.GetSessionId(), req.GetSequence()) {
+			return controlplane.Errorf(controlplane.Unavailable, "agent %s has sent a later report than number %d: this one is not heard", id, req.GetSequence())
+		}
+		return s.noteObservation(ctx, tx, id, req)
+	})
 	if err != nil {
 		return nil, removedAgent(id, err)
 	}

@@ -303,3 +303,24 @@ func (l *oneConn) Close() error {
 	l.once.Do(func() { close(l.closed) })
 	return nil
 }
+
+// TestLateReport has a report arrive after a later one, as one does that was
+// under way when its connection was given up: the machine that it does not list
+// has been launched since.
+func TestLateReport(t *testing.T) {
+	t.Parallel()
+	cp := newControlPlane(t)
+	_, token := cp.project(t, "web", nil)
+	a := cp.agent(t, "host-1", pool(1))
+	a.report.Sequence = 2
+	late := proto.CloneOf(a.report)
+	late.Sequence = 1
+	cp.driver(t, token).poll(t)
+	m := a.serve(t)
+	_, err := a.Agent.SyncAgent(t.Context(), late)
+	refused(t, err, connect.CodeUnavailable, "later report")
+	if got := cp.machineNow(t, m.id); got.State != controlplane.MachineReady || !got.Gone.IsZero() {
+		t.Errorf("machine is %s (%s), gone %s", got.State, got.Reason, got.Gone)
+	}
+	a.sync(t) // the same number again is the same report, or an agent that does not count
+}

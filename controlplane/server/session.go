@@ -18,6 +18,8 @@ type session struct {
 	// calls is how many calls of it hang now; seen is when the last one ended.
 	calls int
 	seen  time.Time
+	// sequence is that of the last report.
+	sequence uint64
 	// noted says that the store was told of its silence.
 	noted bool
 }
@@ -43,6 +45,19 @@ func (s *sessions) enter(agent, id string, now time.Time) bool {
 	}
 	cur.calls++
 	cur.noted = false
+	return true
+}
+
+// last reports whether no later report of the session has come than that of
+// sequence, and takes it for the last.
+func (s *sessions) last(agent, id string, sequence uint64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	cur := s.byAgent[agent]
+	if cur == nil || cur.id != id || sequence < cur.sequence {
+		return false
+	}
+	cur.sequence = sequence
 	return true
 }
 

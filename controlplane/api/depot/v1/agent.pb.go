@@ -284,7 +284,11 @@ type SyncAgentRequest struct {
 	// All volumes that its stores list.
 	Volumes []*ObservedVolume `protobuf:"bytes,7,rep,name=volumes,proto3" json:"volumes,omitempty"`
 	// The agent's version.
-	Version       string `protobuf:"bytes,8,opt,name=version,proto3" json:"version,omitempty"`
+	Version string `protobuf:"bytes,8,opt,name=version,proto3" json:"version,omitempty"`
+	// Counts the session's reports, from 1. One that arrives after a later one,
+	// out of a connection that was given up, is answered "unavailable" and not
+	// heard: what it does not list may have been launched since.
+	Sequence      uint64 `protobuf:"varint,9,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -373,6 +377,13 @@ func (x *SyncAgentRequest) GetVersion() string {
 		return x.Version
 	}
 	return ""
+}
+
+func (x *SyncAgentRequest) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
 }
 
 // Pool is a declared capacity.
@@ -1134,7 +1145,7 @@ const file_depot_v1_agent_proto_rawDesc = "" +
 	"\fJoinResponse\x12\x19\n" +
 	"\bagent_id\x18\x01 \x01(\tR\aagentId\x121\n" +
 	"\bidentity\x18\x02 \x01(\v2\x15.depot.v1.CertificateR\bidentity\x12\x1b\n" +
-	"\tserver_id\x18\x03 \x01(\tR\bserverId\"\xb4\x02\n" +
+	"\tserver_id\x18\x03 \x01(\tR\bserverId\"\xd0\x02\n" +
 	"\x10SyncAgentRequest\x12\x1d\n" +
 	"\n" +
 	"session_id\x18\x01 \x01(\tR\tsessionId\x12\x1b\n" +
@@ -1144,7 +1155,8 @@ const file_depot_v1_agent_proto_rawDesc = "" +
 	"\x05pools\x18\x05 \x03(\v2\x0e.depot.v1.PoolR\x05pools\x125\n" +
 	"\bmachines\x18\x06 \x03(\v2\x19.depot.v1.ObservedMachineR\bmachines\x122\n" +
 	"\avolumes\x18\a \x03(\v2\x18.depot.v1.ObservedVolumeR\avolumes\x12\x18\n" +
-	"\aversion\x18\b \x01(\tR\aversion\"\x90\x02\n" +
+	"\aversion\x18\b \x01(\tR\aversion\x12\x1a\n" +
+	"\bsequence\x18\t \x01(\x04R\bsequence\"\x90\x02\n" +
 	"\x04Pool\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bprovider\x18\x02 \x01(\tR\bprovider\x12\x12\n" +
