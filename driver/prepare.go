@@ -9,6 +9,7 @@ import (
 	"time"
 
 	bx "github.com/docker/buildx/driver"
+	"github.com/docker/buildx/util/dockerutil"
 	"github.com/docker/buildx/util/progress"
 	bkclient "github.com/moby/buildkit/client"
 	dockerclient "github.com/moby/moby/client"
@@ -120,11 +121,21 @@ func (d *Driver) checkEngine(ctx context.Context, opt *bx.PrepareBuildOptions, e
 		_, err = engine.Ping(ctx, dockerclient.PingOptions{})
 	}
 	if err == nil {
-		return nil
+		return d.checkStore(ctx, opt, e)
 	}
 	way := "leave --load away"
 	if d.opts.defaultLoad {
 		way = "set BUILDX_NO_DEFAULT_LOAD=1"
 	}
 	return fmt.Errorf("the image cannot be loaded: no Docker Engine answers (%w). Start one, choose another output such as --push, or %s to keep the result in the cache only", err, way)
+}
+
+// checkStore refuses an image of several platforms for an engine whose store
+// holds one of each name.
+func (d *Driver) checkStore(ctx context.Context, opt *bx.PrepareBuildOptions, e bkclient.ExportEntry) error {
+	if len(opt.Platforms) < 2 || opt.Docker.Features(ctx, e.Attrs["context"])[dockerutil.OCIImporter] {
+		return nil
+	}
+	return fmt.Errorf("an image for %s cannot be loaded: the Docker Engine's image store holds one platform of each image. "+
+		"Use --push, load one --platform alone, or give the engine the containerd image store", platformList(opt.Platforms))
 }
