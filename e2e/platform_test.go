@@ -55,7 +55,7 @@ func TestPlatforms(t *testing.T) {
 	s := site.New(t, site.Config{})
 	s.AddPeerAddress(t)
 	s.StartRegistry(t)
-	site.TakeEmulation(t)
+	site.CheckEmulation(t)
 	s.AddHost(t, site.HostConfig{
 		Pools: []string{"arch=" + site.NativeArch(), "arch=" + site.EmulatedArch() + ",emulated"},
 		Flags: []string{"--allow", site.RegistryAddress},
@@ -176,6 +176,11 @@ func loadOwn(t *testing.T, s *site.Site, home *site.Home, dir string) {
 		if got := home.CLI(t, "image", "inspect", "--format", "{{.Architecture}}", test.tag).Out; got != want+"\n" {
 			t.Errorf("%s: the engine has %q, want %q", test.tag, got, want)
 		}
+	}
+	own := "linux/" + site.NativeArch() + "," + map[string]string{"amd64": "linux/386", "arm64": "linux/arm/v7"}[site.NativeArch()]
+	r := home.TryBuildx(t, "build", "--builder", "loads", "--progress", "plain", "-t", "two", "--platform", own, dir)
+	if r.Code != 1 || !strings.Contains(r.Err, "Use --push, load one --platform alone, or give the engine the containerd image store") {
+		t.Errorf("two platforms: exit code %d:\n%s", r.Code, r.All())
 	}
 }
 

@@ -1,6 +1,7 @@
 package site
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 
@@ -15,23 +16,23 @@ func EmulatedArch() string {
 	return "amd64"
 }
 
-// TakeEmulation makes the test the only one on this machine with emulated
-// pools, as the kernel's handlers are the whole machine's; it waits for its
-// turn. Call it before AddHost. At the end it fails the test if an agent has
-// left handlers behind.
-func TakeEmulation(tb TB) {
+// CheckEmulation fails the test if, at its end, the kernel is left with an
+// agent's handlers that no agent of this machine uses. Call it before AddHost.
+func CheckEmulation(tb TB) {
 	tb.Helper()
-	const interpreters = "/usr/libexec/qemu-binfmt" // also a file that is there to be locked
-	lock, err := os.Open(interpreters)
-	if err != nil {
-		tb.Fatalf("Debian's qemu-user-static is needed: %v", err)
-	}
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
-		tb.Fatalf("lock %s: %v", interpreters, err)
-	}
+	const misc = "/proc/sys/fs/binfmt_misc"
 	tb.Cleanup(func() {
+		// Agents that use handlers hold this lock, shared.
+		lock, err := os.OpenFile(filepath.Join(misc, "register"), os.O_WRONLY, 0)
+		if err != nil {
+			tb.Errorf("look for handlers: %v", err)
+			return
+		}
 		defer lock.Close() //nolint:errcheck // which unlocks it
-		left, err := filepath.Glob("/proc/sys/fs/binfmt_misc/depot-*")
+		if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+			return
+		}
+		left, err := filepath.Glob(filepath.Join(misc, "depot-*"))
 		if err != nil || len(left) > 0 {
 			tb.Errorf("left behind: handlers %v, %v", left, err)
 		}
