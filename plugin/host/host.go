@@ -144,7 +144,7 @@ func (c Config) Status(ctx context.Context) (Status, error) {
 // it is ready.
 func (c Config) StartControlPlane(ctx context.Context) error {
 	d := c.controlPlane()
-	if done, err := c.already(ctx, d, c.OpsPort); done || err != nil {
+	if done, err := c.already(ctx, d, c.OpsPort, c.at(c.ClientPort), c.at(c.AgentPort)); done || err != nil {
 		return err
 	}
 	program, err := c.find(controlPlaneProgram)
@@ -270,8 +270,9 @@ func (c Config) runAgent(ctx context.Context, d daemon, program string, args []s
 	return nil
 }
 
-// already reports whether a daemon runs, and waits until it is ready.
-func (c Config) already(ctx context.Context, d daemon, port int) (bool, error) {
+// already reports whether a daemon runs, and waits until it is ready. If it
+// does not, its loopback port and what else it listens on have to be free.
+func (c Config) already(ctx context.Context, d daemon, port int, listens ...string) (bool, error) {
 	for _, dir := range []string{c.RunDir, c.DataDir, c.logDir()} {
 		if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // the daemons' users have to pass
 			return false, err
@@ -282,7 +283,7 @@ func (c Config) already(ctx context.Context, d daemon, port int) (bool, error) {
 		return false, err
 	}
 	if p == nil {
-		return false, free(ctx, d, port)
+		return false, free(ctx, d, append(listens, loopback(port))...)
 	}
 	defer p.close() //nolint:errcheck // a descriptor of ours
 	if err := awaitReady(ctx, port); err != nil {
@@ -292,15 +293,18 @@ func (c Config) already(ctx context.Context, d daemon, port int) (bool, error) {
 	return true, nil
 }
 
-// free refuses a port on which something else answers already: it would be
-// taken for the daemon.
-func free(ctx context.Context, d daemon, port int) error {
-	conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "tcp", loopback(port))
-	if err != nil {
-		return nil //nolint:nilerr // nobody answers, as it should be
+// free refuses addresses on which something else answers already: on its
+// loopback port it would even be taken for the daemon.
+func free(ctx context.Context, d daemon, addresses ...string) error {
+	for _, address := range addresses {
+		conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "tcp", address)
+		if err != nil {
+			continue // nobody answers, as it should be
+		}
+		return errors.Join(fmt.Errorf("the %s was not started: another program listens on %s. Is it one of another --run-dir? Choose other ports, or end it",
+			d.name, address), conn.Close())
 	}
-	return errors.Join(fmt.Errorf("the %s was not started: another program listens on %s. Is it one of another --run-dir? Choose other ports, or end it",
-		d.name, loopback(port)), conn.Close())
+	return nil
 }
 
 // StopAgent ends the agent. It reports whether it ran.

@@ -234,13 +234,18 @@ func TestStartShowsWhyItEnded(t *testing.T) {
 func TestStartRefusesATakenPort(t *testing.T) {
 	t.Parallel()
 	c := newConfig(t)
-	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", loopback(c.OpsPort))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close() //nolint:errcheck // the end of the test
-	if err := c.StartControlPlane(t.Context()); err == nil || !strings.Contains(err.Error(), "another program listens") {
-		t.Errorf("StartControlPlane = %v, want a refusal that names the port", err)
+	for name, port := range map[string]int{"clients": c.ClientPort, "agents": c.AgentPort, "health": c.OpsPort} {
+		l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", loopback(port))
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = c.StartControlPlane(t.Context())
+		if err == nil || !strings.Contains(err.Error(), "another program listens on "+loopback(port)) {
+			t.Errorf("StartControlPlane with the port for %s taken = %v, want a refusal that names the port", name, err)
+		}
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 }
 
