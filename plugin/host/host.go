@@ -538,8 +538,8 @@ func askReady(ctx context.Context, port int) error {
 }
 
 // awaitReady asks until the answer is yes.
-func awaitReady(ctx context.Context, port int) error {
-	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+func awaitReady(parent context.Context, port int) error {
+	ctx, cancel := context.WithTimeout(parent, readyTimeout)
 	defer cancel()
 	tick := time.NewTicker(pollEvery)
 	defer tick.Stop()
@@ -550,6 +550,9 @@ func awaitReady(ctx context.Context, port int) error {
 		}
 		select {
 		case <-ctx.Done():
+			if parent.Err() != nil {
+				return context.Cause(parent)
+			}
 			return fmt.Errorf("no answer within %s: %w", readyTimeout, err)
 		case <-tick.C:
 		}
