@@ -31,24 +31,41 @@ func (a *adminService) CreateProject(ctx context.Context, req *depotv1.CreatePro
 			return controlplane.Errorf(controlplane.Denied, "%s %q may not make projects in organization %q", p.Kind, p.Name, org.Name)
 		}
 		project.Org = org.ID
-		known, err := tx.ProjectByName(ctx, org.ID, project.Name)
-		switch {
-		case controlplane.CodeOf(err) == controlplane.NotFound:
-			project.Request = req.GetRequestId()
-			return tx.PutProject(ctx, project)
-		case err != nil:
-			return err
-		case req.GetRequestId() != "" && known.Request == req.GetRequestId():
+		project.Request = req.GetRequestId()
+		known, err := projectOfRequest(ctx, tx, org, project)
+		if err != nil || known.ID != "" {
 			project = known
-			return nil
+			return err
 		}
-		return controlplane.Errorf(controlplane.Exists, "project %q exists already in organization %q: choose another name, or use it", project.Name, org.Name)
+		return tx.PutProject(ctx, project)
 	})
 	if err != nil {
 		return nil, err
 	}
 	s.Log.InfoContext(ctx, "project created", "project", project.ID, "org", org.ID, "principal", caller(ctx).ID)
 	return &depotv1.CreateProjectResponse{Project: wireProject(project, org.Name)}, nil
+}
+
+// projectOfRequest returns the project that the request of want made before;
+// none has no id. A name or a request's id that is another project's is
+// refused.
+func projectOfRequest(ctx context.Context, tx controlplane.Tx, org controlplane.Organization, want controlplane.Project) (controlplane.Project, error) {
+	projects, err := tx.Projects(ctx, org.ID)
+	if err != nil {
+		return controlplane.Project{}, err
+	}
+	for _, p := range projects {
+		repeated := want.Request != "" && p.Request == want.Request
+		switch {
+		case repeated && p.Name == want.Name:
+			return p, nil
+		case repeated:
+			return controlplane.Project{}, controlplane.Errorf(controlplane.Denied, "request %s made project %q before: use a new request id for project %q", want.Request, p.Name, want.Name)
+		case p.Name == want.Name:
+			return controlplane.Project{}, controlplane.Errorf(controlplane.Exists, "project %q exists already in organization %q: choose another name, or use it", p.Name, org.Name)
+		}
+	}
+	return controlplane.Project{}, nil
 }
 
 // ListProjects lists the projects that the caller may see, by name.

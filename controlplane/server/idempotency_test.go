@@ -217,6 +217,8 @@ func TestIntentFirstProject(t *testing.T) {
 	c := cp.admin(t).Admin
 	first, err := c.CreateProject(t.Context(), &depotv1.CreateProjectRequest{RequestId: "r1", Name: "web"})
 	must(t, err)
+	_, err = c.CreateProject(t.Context(), &depotv1.CreateProjectRequest{RequestId: "r1", Name: "other"})
+	refused(t, err, connect.CodePermissionDenied, `made project "web" before`)
 	again, err := c.CreateProject(t.Context(), &depotv1.CreateProjectRequest{RequestId: "r1", Name: "web"})
 	must(t, err)
 	if !proto.Equal(first, again) {
