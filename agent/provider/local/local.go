@@ -184,7 +184,7 @@ func (p *Provider) runDir() error {
 }
 
 // sweep undoes launches that were interrupted, and removes what is left of
-// directories that never got, or no longer have, a record.
+// machines that never got, or no longer have, a record.
 func (p *Provider) sweep(ctx context.Context) error {
 	recs, err := p.records.all()
 	if err != nil {
@@ -199,13 +199,20 @@ func (p *Provider) sweep(ctx context.Context) error {
 		}
 		errs = append(errs, p.teardown(ctx, rec.ID))
 	}
-	entries, err := os.ReadDir(p.records.dir)
-	if err != nil {
-		return errors.Join(append(errs, err)...)
-	}
-	for _, e := range entries {
-		if !known[e.Name()] {
-			errs = append(errs, p.teardown(ctx, e.Name()))
+	// Where the state directory is an older copy, a machine may be left, and even
+	// run, that has no record. It is not listed, which means that nothing of it
+	// runs: so nothing may (one-writer).
+	for _, dir := range []string{p.records.dir, filepath.Join(p.config.Run, "machines"), p.runcDir()} {
+		entries, err := os.ReadDir(dir)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+		for _, e := range entries {
+			if e.IsDir() && !known[e.Name()] {
+				p.config.Log.WarnContext(ctx, "removing what is left of a machine without a record", "machine", e.Name())
+				known[e.Name()] = true
+				errs = append(errs, p.teardown(ctx, e.Name()))
+			}
 		}
 	}
 	errs = append(errs, p.settle(ctx))

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
@@ -103,6 +104,24 @@ func TestMachineOutlivesProvider(t *testing.T) {
 		t.Errorf("the volume, to the next provider: %v", err)
 	}
 	must(t, r.Destroy(t.Context(), machineA))
+	r.noTrace(t)
+}
+
+// A state directory that was copied back from earlier knows nothing of a
+// machine that runs: what is not listed must not be there.
+func TestMachineWithoutRecord(t *testing.T) {
+	r := newRig(t)
+	r.launch(t, specA())
+	must(t, r.Close(t.Context()))
+	must(t, os.RemoveAll(r.records.machine(machineA)))
+	r.open(t)
+	if list, err := r.List(t.Context()); err != nil || len(list) != 0 {
+		t.Errorf("listed: %+v, %v", list, err)
+	}
+	// The kernel removes the device with its namespace, in its own time.
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end) && len(traces(t, r.config.State, r.config.Run)) > 0; {
+		<-time.After(10 * time.Millisecond)
+	}
 	r.noTrace(t)
 }
 
