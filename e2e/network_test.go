@@ -13,7 +13,7 @@ import (
 	"math/big"
 	"net"
 	"net/http"
-	"net/http/cgi"
+	"net/http/cgi" //nolint:gosec // G504: of Go before 1.6.3
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -145,7 +145,7 @@ func engine(t *testing.T, end *site.Netns) {
 		"--pidfile", filepath.Join(dir, "pid"), "--host", "unix://"+socket, "--storage-driver", "vfs")
 	cmd := exec.CommandContext(context.WithoutCancel(t.Context()), args[0], args[1:]...) //nolint:gosec // the test's own arguments
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.Env = append(site.Environ(), "PATH="+deps+":"+os.Getenv("PATH"))
+	cmd.Env = append(site.Environ(), "PATH="+deps+":"+os.Getenv("PATH")) //nolint:forbidigo // a test has no main
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)

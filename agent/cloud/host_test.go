@@ -134,7 +134,7 @@ func (h *host) set(change func(*host)) {
 	change(h)
 }
 
-func look[T any](h *host, read func(*host) T) T { //nolint:ireturn // T is the caller's
+func look[T any](h *host, read func(*host) T) T {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return read(h)

@@ -304,7 +304,7 @@ func (s *server) set(change func(*server)) {
 }
 
 // get reads something of the server.
-func get[T any](s *server, read func(*server) T) T { //nolint:ireturn // T is the caller's
+func get[T any](s *server, read func(*server) T) T {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return read(s)

@@ -188,6 +188,9 @@ func sweep(p Paths, log *slog.Logger) error {
 		}
 		log.Info("removed the bundle of a container that was killed", "path", b)
 	}
+	if err := sweepSnapshots(p, log); err != nil {
+		return err
+	}
 	for _, pattern := range []string{"buildkit/*", "*/buildkit/*"} { // version 2, version 1
 		groups, err := filepath.Glob(filepath.Join(p.Cgroup, pattern))
 		if err != nil {

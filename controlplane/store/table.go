@@ -22,7 +22,7 @@ type table[T any] struct {
 }
 
 // get returns the one row that rest selects, or NotFound naming name.
-func (t table[T]) get(ctx context.Context, x *tx, name, rest string, args ...any) (T, error) { //nolint:ireturn // T is a struct
+func (t table[T]) get(ctx context.Context, x *tx, name, rest string, args ...any) (T, error) {
 	var v T
 	err := x.row(ctx, t.selects()+" "+rest, args, fields(t.columns(&v)))
 	if errors.Is(err, sql.ErrNoRows) {
@@ -35,7 +35,7 @@ func (t table[T]) get(ctx context.Context, x *tx, name, rest string, args ...any
 }
 
 // byID returns the row with that id, or NotFound.
-func (t table[T]) byID(ctx context.Context, x *tx, id string) (T, error) { //nolint:ireturn // T is a struct
+func (t table[T]) byID(ctx context.Context, x *tx, id string) (T, error) {
 	return t.get(ctx, x, id, "WHERE id = $1", id)
 }
 

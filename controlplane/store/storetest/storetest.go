@@ -148,7 +148,7 @@ func putRecord(ctx context.Context, tx controlplane.Tx, record any) error {
 
 // filled returns a T whose every field is set, to values that differ with seed:
 // a field that a store forgets shows.
-func filled[T any](t *testing.T, seed int) T { //nolint:ireturn // T is a struct
+func filled[T any](t *testing.T, seed int) T {
 	t.Helper()
 	var v T
 	n := seed * 1000
