@@ -196,7 +196,7 @@ func TestSweep(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := sweep(p, slog.New(slog.DiscardHandler)); err != nil {
+	if err := sweep(t.Context(), p, slog.New(slog.DiscardHandler)); err != nil {
 		t.Fatal(err)
 	}
 	for _, path := range gone {
@@ -209,7 +209,7 @@ func TestSweep(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if err := sweep(Paths{Root: filepath.Join(dir, "none"), Cgroup: dir}, slog.New(slog.DiscardHandler)); err != nil {
+	if err := sweep(t.Context(), Paths{Root: filepath.Join(dir, "none"), Cgroup: dir}, slog.New(slog.DiscardHandler)); err != nil {
 		t.Errorf("where nothing is: %v", err)
 	}
 }

@@ -39,7 +39,7 @@ type daemon struct {
 // startDaemon prepares buildkitd's surroundings and starts it.
 func (m *machine) startDaemon(ctx context.Context, s *depotv1.BuildkitSettings) (*daemon, error) {
 	c := m.config
-	if err := sweep(c.Paths, m.log); err != nil {
+	if err := sweep(ctx, c.Paths, m.log); err != nil {
 		return nil, err
 	}
 	settings, err := daemonSettings(c, s)
@@ -169,7 +169,7 @@ func (d *daemon) kill() {
 
 // sweep removes what a killed buildkitd leaves behind and never looks at
 // again: bundles of containers, and the cgroups they ran in.
-func sweep(p Paths, log *slog.Logger) error {
+func sweep(ctx context.Context, p Paths, log *slog.Logger) error {
 	bundles, err := filepath.Glob(filepath.Join(p.Root, "runc-*", "executor", "*"))
 	if err != nil {
 		return fmt.Errorf("sweep %s: %w", p.Root, err)
@@ -188,7 +188,7 @@ func sweep(p Paths, log *slog.Logger) error {
 		}
 		log.Info("removed the bundle of a container that was killed", "path", b)
 	}
-	if err := sweepSnapshots(p, log); err != nil {
+	if err := sweepSnapshots(ctx, p, log); err != nil {
 		return err
 	}
 	for _, pattern := range []string{"buildkit/*", "*/buildkit/*"} { // version 2, version 1
