@@ -137,7 +137,7 @@ func (l *loop) accept(resp *depotv1.SyncAgentResponse) error {
 		return l.Agent.foreign(resp.GetServerId())
 	case resp.GetEpoch() < known.Epoch:
 		return &RefusedError{fmt.Sprintf("the control plane at %s is in its epoch %d, but this agent has obeyed epoch %d: it was restored "+
-			"from an older copy of its state, or is a second one on a copy; see `depot-controlplane restore` about raising the epoch of the right one",
+			"from an older copy of its state, or is a second one on a copy; see `depot-controlplane recover` about raising the epoch of the right one",
 			l.client.URL(), resp.GetEpoch(), known.Epoch)}
 	case resp.GetEpoch() == known.Epoch:
 		return nil
