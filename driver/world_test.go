@@ -18,6 +18,7 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -107,6 +108,8 @@ type machine struct {
 	listener net.Listener
 	server   *grpc.Server
 	solving  chan string // gets the ref of each solve that runs until it is cancelled
+	// onConnect, if set, is called as a client connects, who is then turned away.
+	onConnect atomic.Pointer[func()]
 }
 
 func (m *machine) Info(context.Context, *control.InfoRequest) (*control.InfoResponse, error) {
@@ -146,6 +149,10 @@ func newMachine(t *testing.T, project authority, id string) *machine {
 	m.listener = tls.NewListener(l, mtls.Server{
 		Identity: identity, Anchors: anchors, NextProtos: []string{"h2"},
 		Admit: func(leaf *x509.Certificate) error {
+			if lose := m.onConnect.Load(); lose != nil {
+				(*lose)()
+				return errors.New("the machine is being lost")
+			}
 			name, err := mtls.ParseLeafName(leaf)
 			if err == nil && name.Machine != id {
 				err = errors.New("not this machine")
