@@ -116,7 +116,9 @@ func (s *Store) lock(volume string) (*os.File, error) {
 }
 
 func (s *Store) take(f *os.File, volume string) error {
-	err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart})
+	err := provider.Lock(func() error {
+		return unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart})
+	})
 	if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
 		last, err := s.lastWriter(volume)
 		if err != nil {

@@ -119,7 +119,8 @@ func (p *Provider) claim() error {
 	if err != nil {
 		return err
 	}
-	if err := unix.Flock(int(p.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	take := func() error { return unix.Flock(int(p.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB) }
+	if err := provider.Lock(take); err != nil {
 		return errors.Join(fmt.Errorf("lock %s: %w: another agent uses this directory: stop it, or give this one a directory of its own", p.lock.Name(), err), p.lock.Close())
 	}
 	return nil
