@@ -17,7 +17,7 @@ RUN ["/bin/busybox","--install","-s","/bin"]
 FROM base AS app
 RUN echo "machine $(hostname) $(uname -m)" > /machine
 COPY message /message
-RUN cat /message /machine > /result && date +%s.%N >> /stamp
+RUN cat /message /machine > /result && cat /proc/sys/kernel/random/uuid >> /stamp
 FROM scratch
 COPY --from=app /result /stamp /
 `
