@@ -418,7 +418,7 @@ func (p *plan) settleDraining(m *controlplane.Machine) {
 		since = m.Idle
 	}
 	if p.due(p.counted(since).Add(p.Times.Drain)) {
-		*m = m.Fail(p.Now, "it did not stop within %s and is destroyed; the cache keeps its last saved state", p.Times.Drain)
+		*m = m.Fail(p.Now, "it did not stop within %s and is destroyed; the next machine goes on with the cache as it was left", p.Times.Drain)
 	}
 }
 

@@ -137,7 +137,7 @@ func missing(m controlplane.Machine, agent controlplane.Agent, now time.Time) co
 	case m.Over():
 		m.Gone = now
 	case m.Address != "":
-		m = m.Fail(now, "it vanished from host %s: the host lost its state or was cleaned by hand; the cache keeps its last saved state", agent.Name)
+		m = m.Fail(now, "it vanished from host %s: the host lost its state or was cleaned by hand; the next machine goes on with what the host still has of the cache", agent.Name)
 		m.Gone = now
 	}
 	return m
@@ -152,7 +152,7 @@ func exited(m controlplane.Machine, o *depotv1.ObservedMachine, now time.Time) c
 		m.State, m.Ended = controlplane.MachineStopped, now
 		m.Reason = cmp.Or(m.Reason, controlplane.Words(o.GetReason()), "it stopped on its own")
 	default:
-		m = m.Fail(now, "%s; the cache keeps what was saved, and is checked before its next use", cmp.Or(controlplane.Words(o.GetReason()), "it ended unexpectedly"))
+		m = m.Fail(now, "%s; the next machine goes on with the cache as it was left", cmp.Or(controlplane.Words(o.GetReason()), "it ended unexpectedly"))
 	}
 	return m
 }

@@ -169,7 +169,7 @@ func TestNoMassacreMissing(t *testing.T) {
 	if got.State != controlplane.MachineFailed || got.Gone.IsZero() {
 		t.Errorf("a machine that vanished is %s, gone %s", got.State, got.Gone)
 	}
-	has(t, got.Reason, "vanished from host host-1", "the cache keeps")
+	has(t, got.Reason, "vanished from host host-1", "goes on with what the host still has of the cache")
 	if g := cp.generationNow(t, m.launch.GetGenerationId()); g.State != controlplane.GenerationDirty {
 		t.Errorf("the generation of a machine that vanished is %s, want dirty", g.State)
 	}
